@@ -1,0 +1,41 @@
+"""OpenAI's API as the frontend needs it: requests in, responses and SSE frames out.
+
+`openai_requests` says what is accepted, `openai_responses` and `openai_stream` what is
+answered, `openai_errors` how a failure looks.
+"""
+
+from common.openai_errors import error_response, sse_error
+from common.openai_fields import request_body_docs
+from common.openai_requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    parse_chat,
+    parse_completion,
+    to_process_request,
+)
+from common.openai_responses import (
+    ModelCard,
+    ModelList,
+    chat_response,
+    completion_response,
+    model_list,
+)
+from common.openai_stream import ChatStream, CompletionStream
+
+__all__ = [
+    "ChatCompletionRequest",
+    "ChatStream",
+    "CompletionRequest",
+    "CompletionStream",
+    "ModelCard",
+    "ModelList",
+    "chat_response",
+    "completion_response",
+    "error_response",
+    "model_list",
+    "parse_chat",
+    "parse_completion",
+    "request_body_docs",
+    "sse_error",
+    "to_process_request",
+]

@@ -1,0 +1,49 @@
+"""Errors in the shape that OpenAI clients expect.
+
+Source of the shape: https://platform.openai.com/docs/guides/error-codes and the official
+Python client, which raises `APIStatusError` for a status code and `APIError` for an SSE event
+whose data has an `error` object.
+"""
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from common.protocol import ErrorInfo, ErrorKind
+
+
+class _Shape(NamedTuple):
+    status: int
+    type: str
+    code: str | None
+
+
+_SHAPES: dict[ErrorKind, _Shape] = {
+    "invalid_request": _Shape(400, "invalid_request_error", None),
+    "model_not_found": _Shape(404, "invalid_request_error", "model_not_found"),
+    "overloaded": _Shape(429, "rate_limit_error", "overloaded"),
+    "unavailable": _Shape(503, "server_error", "unavailable"),
+    "internal": _Shape(500, "server_error", "internal_error"),
+}
+
+
+def error_response(info: ErrorInfo) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and the JSON body that tell a client about `info`."""
+    shape = _SHAPES[info.kind]
+    return shape.status, {
+        "error": {
+            "message": info.message,
+            "type": shape.type,
+            "param": info.param,
+            "code": shape.code,
+        }
+    }
+
+
+def sse_error(info: ErrorInfo) -> bytes:
+    """The last event of a stream that failed after its status 200 was sent.
+
+    No `[DONE]` follows: the official client raises `APIError` at this event, and a client
+    that knows no such event sees a stream that did not complete.
+    """
+    return b"data: " + msgspec.json.encode(error_response(info)[1]) + b"\n\n"

@@ -1,0 +1,68 @@
+"""The parts of a chat request that are objects of their own: messages and output formats.
+
+Source: https://platform.openai.com/docs/api-reference/chat/create.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+
+from common.openai_fields import StrictModel, bad_value
+
+
+def _text_of(content: Any) -> str:
+    """A message's content, a string or a list of text parts, as one string."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_value("Content must be a string or a list of text parts.")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise bad_value(f"Only text parts are supported, not {str(kind)[:40]!r}.", index)
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise bad_value("A text part has the members 'type' and 'text' (a string).", index)
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class TextPart(StrictModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(StrictModel):
+    """One turn. `developer` is a synonym of `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart])]
+
+
+class JsonSchema(StrictModel):
+    """A schema with labels for the caller; the output always matches, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, JsonValue], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise bad_value("Needed with type 'json_schema'.", "json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise bad_value("Only with type 'json_schema'.", "json_schema")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The JSON schema that the output must match, None for free text."""
+        if self.type == "json_object":
+            return '{"type":"object"}'
+        return json.dumps(self.json_schema.schema_) if self.json_schema else None
