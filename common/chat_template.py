@@ -1,0 +1,70 @@
+"""A conversation as the text that a model was trained on, by the model's own template.
+
+The environment is that of Hugging Face, for which templates are written:
+https://huggingface.co/docs/transformers/chat_templating_writing.
+"""
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import msgspec
+
+from common.protocol import ChatMessage, PipelineError
+
+
+class ChatTemplate:
+    """A compiled jinja2 template; it comes with a model, so it runs in a sandbox."""
+
+    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+        """Compile.
+
+        Raises:
+            ValueError: the source is not valid jinja2.
+        """
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is invalid: {error}") from error
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def render(self, messages: list[ChatMessage]) -> str:
+        """The prompt whose continuation is the assistant's next message.
+
+        Raises:
+            PipelineError: kind `invalid_request`; the template refuses these messages, two
+                user messages in a row, say.
+        """
+        try:
+            return self._template.render(
+                messages=[msgspec.to_builtins(message) for message in messages],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+        except jinja2.TemplateError as error:
+            message = f"The model's chat template refuses the messages: {error}"
+            raise PipelineError("invalid_request", message, "messages") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format_: str) -> str:
+    return datetime.now().strftime(format_)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # jinja2's own filter escapes <, > and & for HTML, which prompts are not.
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,96 @@
+"""What a processor needs of a model: its tokenizer and its chat template."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.chat_template import ChatTemplate
+from common.detokenizer import Detokenizer
+from common.model_files import find_model, model_name
+from common.protocol import (
+    ChatMessage,
+    LogprobEntry,
+    PipelineError,
+    PositionLogprobs,
+    TokenLogprobs,
+)
+from common.stop_strings import StopStrings
+from common.tokenizer import GgufTokenizer, HuggingFaceTokenizer, Tokenizer
+
+__all__ = ["Detokenizer", "StopStrings", "TextModel", "load_text_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A model's text side; `name` is what clients call the model."""
+
+    name: str
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with one BOS in front if the model wants one; parses control tokens."""
+        return self.tokenizer.encode(text)
+
+    def render_chat(self, messages: list[ChatMessage]) -> str:
+        """The prompt of the assistant's next message.
+
+        Raises:
+            PipelineError: kind `invalid_request`; the model has no chat template, or its
+                template refuses the messages.
+        """
+        if self.chat_template is None:
+            message = f"The model {self.name} has no chat template; use /v1/completions."
+            raise PipelineError("invalid_request", message, "messages")
+        return self.chat_template.render(messages)
+
+    def detokenizer(self) -> Detokenizer:
+        """A new one, for one stream."""
+        return self.tokenizer.detokenizer()
+
+    def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raise a `PipelineError`, kind `invalid_request`, for an id the model does not have."""
+        last = self.tokenizer.n_tokens - 1
+        for token_id in token_ids:
+            if not 0 <= token_id <= last:
+                message = f"'{param}': token id {token_id} is not in 0..{last}."
+                raise PipelineError("invalid_request", message, param)
+
+    def logprobs(
+        self, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> list[PositionLogprobs]:
+        """The engine's log probabilities with the texts of their tokens."""
+        return [
+            PositionLogprobs(
+                self._entry(token_id, position.logprob),
+                [self._entry(other, logprob) for other, logprob in position.top],
+            )
+            for token_id, position in zip(token_ids, logprobs, strict=True)
+        ]
+
+    def _entry(self, token_id: int, logprob: float) -> LogprobEntry:
+        data = self.tokenizer.token_bytes(token_id)
+        return LogprobEntry(data.decode(errors="replace"), logprob, list(data))
+
+
+def load_text_model(model: str, chat_template: Path | None = None) -> TextModel:
+    """The model of that name, GGUF path, or path of a Hugging Face folder.
+
+    `chat_template` is a file with a jinja2 template to use instead of the model's own.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no such template file.
+        ValueError: it is not a model, or the template is not valid.
+    """
+    folder = Path(model).expanduser()
+    tokenizer: Tokenizer
+    if folder.is_dir():
+        name, tokenizer = folder.resolve().name, HuggingFaceTokenizer(folder)
+    else:
+        path = find_model(model)
+        name, tokenizer = model_name(path), GgufTokenizer(path)
+    source = chat_template.read_text() if chat_template else tokenizer.chat_template
+    if not source:
+        return TextModel(name, tokenizer, None)
+    template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    return TextModel(name, tokenizer, template)
