@@ -15,6 +15,23 @@ import msgspec
 
 from common.protocol import ChatMessage, PipelineError
 
+_SMOLLM2_DEFAULT_SYSTEM_PROMPT = """\
+{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}"""
+
+
+def without_default_system_prompt(source: str) -> str:
+    """SmolLM2's own template without the system prompt it adds where none is given.
+
+    With that prompt the 135M model, decoding greedily, continues "What is the capital of
+    France?" with "L'Étoile, la Marseillaise, la femme, …"; with no system message at all it
+    says "The capital of France is Paris." Of seven short questions, no system message gave
+    the most sensible answers, ahead of an empty one and of "You are a helpful assistant."
+    Other templates are returned as they are.
+    """
+    return source.replace(_SMOLLM2_DEFAULT_SYSTEM_PROMPT, "")
+
 
 class ChatTemplate:
     """A compiled jinja2 template; it comes with a model, so it runs in a sandbox."""

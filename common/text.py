@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.chat_template import ChatTemplate
+from common.chat_template import ChatTemplate, without_default_system_prompt
 from common.detokenizer import Detokenizer
 from common.model_files import find_model, model_name
 from common.protocol import (
@@ -89,7 +89,10 @@ def load_text_model(model: str, chat_template: Path | None = None) -> TextModel:
     else:
         path = find_model(model)
         name, tokenizer = model_name(path), GgufTokenizer(path)
-    source = chat_template.read_text() if chat_template else tokenizer.chat_template
+    if chat_template:
+        source = chat_template.read_text()
+    else:
+        source = without_default_system_prompt(tokenizer.chat_template or "")
     if not source:
         return TextModel(name, tokenizer, None)
     template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
