@@ -40,7 +40,7 @@ class ChatTemplate:
         """Compile.
 
         Raises:
-            ValueError: the source is not valid jinja2.
+            jinja2.TemplateSyntaxError: the source is not valid jinja2.
         """
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
@@ -48,10 +48,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is invalid: {error}") from error
+        self._template = environment.from_string(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(self, messages: list[ChatMessage]) -> str:

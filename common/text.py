@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import jinja2
+
 from common.chat_template import ChatTemplate, without_default_system_prompt
 from common.detokenizer import Detokenizer
 from common.model_files import find_model, model_name
@@ -95,5 +97,11 @@ def load_text_model(model: str, chat_template: Path | None = None) -> TextModel:
         source = without_default_system_prompt(tokenizer.chat_template or "")
     if not source:
         return TextModel(name, tokenizer, None)
-    template = ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    try:
+        template = ChatTemplate(
+            source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+    except jinja2.TemplateSyntaxError as error:
+        origin = chat_template or model
+        raise ValueError(f"the chat template of {origin} is invalid: {error}") from error
     return TextModel(name, tokenizer, template)
