@@ -1,0 +1,154 @@
+"""Continuous batching: which tokens of which requests the next step computes.
+
+Every step first serves the requests that decode (one token each), then fills up to
+`prefill_chunk` tokens with the prompts of the others, first come first served, so that a long
+prompt delays a running decode by one chunk at most. When the cells run out, the request that
+came last gives up its place, keeps what blocks it can, and waits to be computed again.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from common.engines.block_cache import BlockCache
+from common.engines.blocks import CachedSequence
+from common.engines.scheduled_request import ScheduledRequest
+from common.kv import block_hashes
+from common.protocol import EngineMetrics, FinishReason, PipelineError
+
+
+@dataclass(slots=True)
+class Work:
+    """Tokens of one request to compute in a step; `sample` when the last one's logits count."""
+
+    request: ScheduledRequest
+    sequence: CachedSequence
+    tokens: list[int]
+    sample: bool
+
+
+class Scheduler:
+    """Admission, batching and preemption over one block cache; not thread-safe."""
+
+    def __init__(
+        self, cache: BlockCache, *, max_running: int, max_waiting: int, prefill_chunk: int
+    ) -> None:
+        self.cache = cache
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.running: dict[ScheduledRequest, CachedSequence] = {}  # in the order of arrival
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._prefill_chunk = prefill_chunk
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def add(self, request: ScheduledRequest) -> None:
+        """Start the request or let it wait for its turn.
+
+        Raises:
+            PipelineError: kind `overloaded`, the queue is full.
+        """
+        request.block_hashes = block_hashes(request.tokens, self.cache.block_size)
+        self.waiting.append(request)
+        self._admit()
+        if request not in self.running and len(self.waiting) > self._max_waiting:
+            self.waiting.pop()
+            raise PipelineError(
+                "overloaded",
+                f"the engine is full: {len(self.running)} requests running and "
+                f"{len(self.waiting)} waiting, the most it queues is {self._max_waiting}",
+            )
+
+    def drop_stopped(self) -> list[ScheduledRequest]:
+        """Take out the requests whose callers want no more, and free what they hold."""
+        stopped = [r for r in (*self.running, *self.waiting) if r.is_stopped()]
+        for request in stopped:
+            self.finish(request)
+        return stopped
+
+    def finish(self, request: ScheduledRequest) -> None:
+        """Take the request out; its full blocks stay cached."""
+        sequence = self.running.pop(request, None)
+        if sequence is None:
+            self.waiting.remove(request)
+        else:
+            self.cache.finish(sequence)
+
+    def plan(self) -> list[Work]:
+        """The work of the next step, with cells reserved for it; empty if there is none."""
+        self._admit()
+        while True:
+            work = self._batch()
+            if self.cache.reserve(sum(len(item.tokens) for item in work)):
+                return work
+            self._preempt(next(reversed(self.running)))
+
+    def computed(self, work: list[Work]) -> None:
+        """The work is done: its tokens' KV is in memory."""
+        for item in work:
+            self.cache.append(item.sequence, item.tokens)
+
+    def add_output(self, request: ScheduledRequest, token: int) -> FinishReason | None:
+        """Append a generated token, unless it ends the request, and tell whether it is over."""
+        if request.first_token is None:
+            request.first_token = time.perf_counter()
+        if token in request.stop_ids and request.output_length >= request.sampling.min_tokens:
+            return "stop"
+        request.tokens.append(token)
+        self._output_tokens += 1
+        return "length" if request.output_length >= request.max_tokens else None
+
+    def metrics(self) -> EngineMetrics:
+        """The load now; `used_blocks` are those that running requests hold."""
+        return EngineMetrics(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            used_blocks=self.cache.active_blocks,
+            total_blocks=self.cache.cells // self.cache.block_size,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+        )
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_running:
+            request = self.waiting[0]
+            matched = self.cache.match(request.tokens, request.block_hashes)
+            reused = len(matched) * self.cache.block_size
+            # The others' prompts that are still to compute, and a block each to go on decoding.
+            promised = sum(
+                len(other.tokens) - len(sequence.tokens) + self.cache.block_size
+                for other, sequence in self.running.items()
+            )
+            if not self.cache.has_room(matched, len(request.tokens) - reused + promised):
+                return
+            self.waiting.popleft()
+            self.running[request] = self.cache.start(matched)
+            if request.started is None:
+                request.started = time.perf_counter()
+                request.cached_tokens = reused
+                self._prompt_tokens += request.prompt_length
+                self._cached_tokens += reused
+
+    def _batch(self) -> list[Work]:
+        decodes: list[Work] = []
+        prefills: list[Work] = []
+        budget = self._prefill_chunk
+        for request, sequence in self.running.items():
+            start = len(sequence.tokens)
+            missing = len(request.tokens) - start
+            count = 1 if missing == 1 else min(missing, budget)
+            if count:
+                tokens = request.tokens[start : start + count]
+                work = Work(request, sequence, tokens, sample=count == missing)
+                (decodes if missing == 1 else prefills).append(work)
+                budget -= 0 if missing == 1 else count
+        return decodes + prefills
+
+    def _preempt(self, request: ScheduledRequest) -> None:
+        self.finish(request)
+        request.block_hashes = block_hashes(request.tokens, self.cache.block_size)
+        self.waiting.appendleft(request)

@@ -1,0 +1,2 @@
+"""Start an engine by the name of its backend."""
+
