@@ -1,0 +1,1 @@
+"""Starts a chapter's pipeline on one machine; also what tests and benchmarks start it with."""

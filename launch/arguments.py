@@ -1,0 +1,64 @@
+"""The launcher's command line."""
+
+import argparse
+import os
+from pathlib import Path
+
+from launch.chapters import CHAPTERS, Options
+
+HTTP_PORT = 8000
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/run",
+        description="Start a chapter's pipeline on this machine; Ctrl-C stops it.",
+        epilog="NATS and etcd are started too, unless the environment variables NATS_SERVER "
+        "(nats://host:port) or ETCD_ENDPOINTS (http://host:port) name running ones.",
+    )
+    parser.add_argument("chapter", metavar="CHAPTER", help=f"one of: {', '.join(CHAPTERS)}")
+    parser.add_argument(
+        "--ask",
+        metavar="QUESTION",
+        action="append",
+        default=[],
+        help="ask this, print the answer and stop; may be given several times",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        help="a .gguf file to use instead of the model that comes with the project",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("llamacpp", "simulated"),
+        help="what generates the tokens: a real model (default), or a timing model that only "
+        "takes the time a real one would",
+    )
+    parser.add_argument(
+        "--engines", metavar="N", type=_positive, default=1, help="number of engine processes"
+    )
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=_positive,
+        help=f"HTTP port (default: {HTTP_PORT}, or a free one if that is taken)",
+    )
+    parser.add_argument(
+        "--namespace",
+        metavar="NAME",
+        default=os.environ.get("DYN_NAMESPACE", Options.namespace),
+        help="where the components find each other; keeps pipelines that share NATS and etcd "
+        "apart (default: %(default)s, environment variable: DYN_NAMESPACE)",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show every log line, also while asking"
+    )
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

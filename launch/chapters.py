@@ -1,0 +1,67 @@
+"""Which components a chapter's pipeline has."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Component:
+    """One script of a chapter; `options` names the launcher's options it is passed."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    replicated: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the components are started with; `None` leaves the choice to the component."""
+
+    namespace: str = "inference"
+    engines: int = 1
+    backend: str | None = None
+    model: Path | None = None
+    port: int = 8000
+
+
+ENGINE = Component("engine", options=("backend", "model"), replicated=True)
+PROCESSOR = Component("processor", options=("model",))
+FRONTEND = Component("frontend", options=("port",))
+
+# A chapter's components in the order of a request's way back: a component stands after
+# those it calls. They stop in the opposite order.
+CHAPTERS: dict[str, tuple[Component, ...]] = {
+    "chapter1": (ENGINE, PROCESSOR, FRONTEND),
+}
+
+
+def components(chapter: str) -> tuple[Component, ...]:
+    """The components of a chapter.
+
+    Raises:
+        LaunchError: there is no such chapter.
+    """
+    if chapter not in CHAPTERS:
+        raise LaunchError(f"there is no {chapter!r}; the chapters are: {', '.join(CHAPTERS)}")
+    return CHAPTERS[chapter]
+
+
+def processes(
+    chapter: str, component: Component, options: Options
+) -> Iterator[tuple[str, list[str]]]:
+    """Name and command of each process of a component: `engine0`, `engine1`; `frontend`."""
+    command = [sys.executable, "-m", f"{chapter}.{component.name}"]
+    command += ["--namespace", options.namespace]
+    for option in component.options:
+        value = getattr(options, option)
+        if value is not None:
+            command += [f"--{option}", str(value)]
+    if not component.replicated:
+        yield component.name, command
+        return
+    for worker_id in range(options.engines):
+        yield f"{component.name}{worker_id}", [*command, "--worker-id", str(worker_id)]
