@@ -20,6 +20,7 @@ class _Shape(NamedTuple):
 
 _SHAPES: dict[ErrorKind, _Shape] = {
     "invalid_request": _Shape(400, "invalid_request_error", None),
+    "too_large": _Shape(413, "invalid_request_error", "request_too_large"),
     "model_not_found": _Shape(404, "invalid_request_error", "model_not_found"),
     "overloaded": _Shape(429, "rate_limit_error", "overloaded"),
     "unavailable": _Shape(503, "server_error", "unavailable"),

@@ -16,6 +16,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 ErrorKind = Literal[
     "invalid_request",  # the caller must change the request
+    "too_large",  # the body is over the frontend's limit
     "model_not_found",
     "overloaded",  # try again later
     "unavailable",  # a component behind this one is missing or died
@@ -40,6 +41,10 @@ class PipelineError(Exception):
     def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.info = ErrorInfo(kind, message, param)
+
+    @classmethod
+    def of(cls, info: ErrorInfo) -> "PipelineError":
+        return cls(info.kind, info.message, info.param)
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -218,6 +223,19 @@ def from_wire(value: Any, message_type: type[T]) -> T:
         return msgspec.convert(value, message_type)
     except msgspec.ValidationError as error:
         raise PipelineError("invalid_request", f"{message_type.__name__}: {error}") from error
+
+
+def hop_error(error: Exception, component: str) -> ErrorInfo:
+    """Classify what a runtime client raised while calling `component`.
+
+    The runtime raises `ValueError` or `Exception` whose text begins with the kind of fault:
+    "Unavailable: ..." when there is no instance or the stream broke off, "InvalidRequest: ..."
+    and "Internal: ..." when the handler raised.
+    """
+    text = str(error)
+    if text.startswith("Unavailable"):
+        return ErrorInfo("unavailable", f"The {component} is unavailable: {text}")
+    return ErrorInfo("internal", f"The {component} failed: {text}")
 
 
 def endpoint_path(namespace: str, component: str, endpoint: str) -> str:

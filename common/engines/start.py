@@ -1,2 +1,78 @@
 """Start an engine by the name of its backend."""
 
+import argparse
+import inspect
+import os
+from typing import Any, TypeVar
+
+import msgspec
+
+from common.engines.base import Engine
+from common.model_files import DEFAULT_MODEL
+
+BACKENDS = ("llamacpp", "simulated")
+
+T = TypeVar("T")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose an engine."""
+    env = os.environ.get
+    parser.add_argument(
+        "--worker-id",
+        type=int,
+        default=int(env("WORKER_ID", "0")),
+        help="tells the engines of one pipeline apart (env WORKER_ID, %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=env("ENGINE_BACKEND", "llamacpp"),
+        help="llamacpp runs the model, simulated only keeps its time (env ENGINE_BACKEND, "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        default=env("MODEL", DEFAULT_MODEL),
+        help="a .gguf file, or the model that comes with the project (env MODEL, %(default)s)",
+    )
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        default=env("ENGINE_ARGS", "").split(),
+        metavar="NAME=VALUE",
+        help="a setting of the backend, block_size=32 for example; may repeat (env ENGINE_ARGS, "
+        "separated by blanks)",
+    )
+
+
+async def start_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the flags describe, ready to generate.
+
+    Raises:
+        OSError: the model cannot be found or read.
+        ValueError: a setting is wrong; the message names it.
+    """
+    settings: dict[str, Any] = {"model": args.model, "worker_id": args.worker_id}
+    for argument in args.engine_arg:
+        name, _, value = argument.partition("=")
+        settings[name] = value
+    if args.backend == "simulated":
+        from common.engines.simulated import SimulatedEngine, SimulatedSettings
+
+        return await SimulatedEngine.start(_convert(settings, SimulatedSettings))
+    # Imported when needed: the simulated engine must not load llama.cpp.
+    from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
+
+    return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings))
+
+
+def _convert(settings: dict[str, Any], settings_type: type[T]) -> T:
+    names = list(inspect.signature(settings_type).parameters)
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"--engine-arg {name}: not one of {', '.join(names)}")
+    try:
+        return msgspec.convert(settings, settings_type, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"--engine-arg: {error}") from error

@@ -1,0 +1,64 @@
+"""The engine component: token ids in, a stream of token ids out.
+
+Endpoints: `engine.generate` runs the model, `engine.info` says which model that is.
+"""
+
+import argparse
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+
+from common.engines.start import add_engine_arguments, start_engine
+from common.protocol import EngineOutput, GenerateRequest, PipelineError, from_wire, to_wire
+from common.telemetry import log, request_log
+from common.worker import ComponentError, Lifecycle, add_common_arguments, run
+
+
+@dynamo_worker()
+async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
+    try:
+        engine = await start_engine(args)
+    except (OSError, ValueError) as error:
+        raise ComponentError(str(error)) from error
+    log.info("%s", engine.info)
+
+    async def generate(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        log = request_log(context.id())
+        try:
+            generate_request = from_wire(request, GenerateRequest)
+            log.debug("prompt of %d tokens", len(generate_request.token_ids))
+            async for output in engine.generate(generate_request, context):
+                yield to_wire(output)
+        except PipelineError as error:
+            log.warning("refused: %s", error)
+            yield to_wire(EngineOutput(error=error.info))
+
+    async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        yield to_wire(engine.info)
+
+    try:
+        await life.serve(
+            runtime,
+            {
+                f"{args.namespace}.engine.generate": generate,
+                f"{args.namespace}.engine.info": info,
+            },
+            failed=engine.failed,
+        )
+    finally:
+        await engine.close()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    add_engine_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    run(worker, args, f"engine-{args.worker_id}")

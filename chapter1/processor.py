@@ -1,0 +1,155 @@
+"""The processor component: chat messages in, a stream of text out.
+
+Applies the chat template, turns text into token ids for the engine and the engine's token ids
+back into text, and ends the answer at a stop string. Endpoints: `processor.process`, and
+`processor.info`, which passes on what the engine says about itself.
+"""
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
+
+from common.model_files import DEFAULT_MODEL
+from common.protocol import (
+    EngineInfo,
+    EngineOutput,
+    GenerateRequest,
+    PipelineError,
+    ProcessRequest,
+    TextOutput,
+    from_wire,
+    hop_error,
+    to_wire,
+)
+from common.streams import Pace, gather_ready
+from common.telemetry import request_log
+from common.text import TextModel, load_text_model
+from common.text_stream import TextStream
+from common.worker import ComponentError, Lifecycle, add_common_arguments, run
+
+
+@dynamo_worker()
+async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
+    try:
+        model = load_text_model(args.model, args.chat_template)
+    except (OSError, ValueError) as error:
+        raise ComponentError(str(error)) from error
+    engine = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
+    engine_info = await runtime.endpoint(f"{args.namespace}.engine.info").client()
+    pace = Pace()
+
+    async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        log = request_log(context.id())
+        try:
+            async for output in answer(from_wire(request, ProcessRequest), context):
+                yield to_wire(output)
+        except PipelineError as error:
+            log.warning("failed: %s", error)
+            yield to_wire(TextOutput(error=error.info))
+
+    async def answer(request: ProcessRequest, context: Context) -> AsyncGenerator[TextOutput, None]:
+        """The life of one request: text to token ids, engine, token ids to text."""
+        started = time.perf_counter()
+        prompt = tokenize(model, request)
+        generate = to_wire(GenerateRequest(prompt, request.sampling))
+        text = TextStream(model, request.stop, prompt_tokens=len(prompt), started=started)
+        # Passing our context on is what carries a cancellation to the engine. To end the engine's
+        # work at a stop string, and not our own answer with it, takes a context of its own.
+        engine_context = context.detached(context.id()) if request.stop else context
+        linked = asyncio.ensure_future(link(context, engine_context)) if request.stop else None
+        finished = False
+        try:
+            stream = await engine.round_robin(generate, annotated=False, context=engine_context)
+            async for items in gather_ready(stream, pace):
+                if finished:
+                    continue  # a stream that is not read to its end looks like a broken engine
+                output = text.push([from_wire(item, EngineOutput) for item in items])
+                finished = output.finish_reason is not None
+                yield output
+                if finished and request.stop:
+                    engine_context.stop_generating()
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise PipelineError.of(hop_error(error, "engine")) from error
+        finally:
+            if linked is not None:
+                linked.cancel()
+        if not finished and not context.is_stopped():
+            raise PipelineError("unavailable", "The engine ended the stream too early.")
+
+    async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        if request.get("wait"):
+            await engine_info.wait_for_instances()
+        yield await ask_engine(engine_info, context)
+
+    await life.serve(
+        runtime,
+        {
+            f"{args.namespace}.processor.process": process,
+            f"{args.namespace}.processor.info": info,
+        },
+    )
+
+
+def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
+    """The prompt's token ids, after the chat template if the request is a chat."""
+    if request.model != model.name:
+        raise PipelineError(
+            "model_not_found",
+            f"The model '{request.model}' does not exist; '{model.name}' does.",
+            "model",
+        )
+    model.check_token_ids(request.sampling.stop_token_ids, "stop_token_ids")
+    model.check_token_ids([token for token, _ in request.sampling.logit_bias], "logit_bias")
+    if request.messages is not None:
+        return model.encode(model.render_chat(request.messages))
+    if isinstance(request.prompt, str):
+        return model.encode(request.prompt)
+    model.check_token_ids(request.prompt or [], "prompt")
+    return request.prompt or []
+
+
+async def link(parent: Context, child: Context) -> None:
+    """Stop `child` when `parent` is stopped."""
+    await parent.async_killed_or_stopped()
+    child.stop_generating()
+
+
+async def ask_engine(client: Client, context: Context) -> dict[str, Any]:
+    """One engine's `EngineInfo`."""
+    stream = await client.round_robin({}, annotated=False, context=context)
+    async for item in stream:
+        return to_wire(from_wire(item, EngineInfo))
+    raise PipelineError("unavailable", "The engine gave no answer.")
+
+
+def parse_args() -> argparse.Namespace:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--model",
+        default=env("MODEL", DEFAULT_MODEL),
+        help="the same as the engine's: a .gguf file, a Hugging Face folder, or the model that "
+        "comes with the project (env MODEL, %(default)s)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a jinja2 chat template to use instead of the model's own",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(worker, parse_args(), "processor")

@@ -1,0 +1,122 @@
+"""The HTTP answer to one request, sent while the pipeline produces it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from dynamo.runtime import Context
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from common.frontend_metrics import RequestMetrics
+from common.http import client_gone
+from common.openai import (
+    ChatCompletionRequest,
+    ChatStream,
+    CompletionRequest,
+    CompletionStream,
+    chat_response,
+    completion_response,
+    error_response,
+)
+from common.protocol import ErrorInfo, PipelineError, TextOutput
+from common.telemetry import request_log
+
+RETRY_AFTER_S = 1
+
+
+class Answer(Response):
+    """`outputs` as server-sent events if the request asks for a stream, else as one document.
+
+    A failure before the first item becomes a status code, a later one an error event. When
+    the client closes the connection, `context` is stopped at once, which ends the work in
+    every component behind this one. `metrics` are ended here.
+    """
+
+    def __init__(
+        self,
+        request: ChatCompletionRequest | CompletionRequest,
+        request_id: str,
+        outputs: AsyncIterator[TextOutput],
+        context: Context,
+        metrics: RequestMetrics,
+    ) -> None:
+        super().__init__()
+        self.request = request
+        self.request_id = request_id
+        self.outputs = metrics.observed(outputs)
+        self.context = context
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(scope, receive, send))
+        gone = asyncio.ensure_future(client_gone(receive))
+        status, error_kind = 499, None
+        try:
+            await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                status, error_kind = sending.result()
+            else:
+                request_log(self.request_id).info("the client is gone; cancelled")
+        finally:
+            self.context.stop_generating()
+            self.metrics.end(status, error_kind)
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> tuple[int, str | None]:
+        """Send the answer; returns its status and the kind of its error."""
+        try:
+            first = await anext(self.outputs)
+            if self.request.stream:
+                return 200, await self._send_events(first, send)
+            response = self._document([first, *[output async for output in self.outputs]])
+        except PipelineError as error:
+            request_log(self.request_id).warning("failed: %s", error)
+            response = json_error(error.info, self.request_id)
+            await response(scope, receive, send)
+            return response.status_code, error.info.kind
+        await response(scope, receive, send)
+        return 200, None
+
+    async def _send_events(self, output: TextOutput, send: Send) -> str | None:
+        """Send `output` and all that follows; returns the kind of the error that ended it."""
+        events = (
+            ChatStream(self.request_id, self.request)
+            if isinstance(self.request, ChatCompletionRequest)
+            else CompletionStream(self.request_id, self.request)
+        )
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-request-id", self.request_id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        error_kind = None
+        try:
+            while output.finish_reason is None:
+                if event := events.chunk(output):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                output = await anext(self.outputs)
+        except PipelineError as error:
+            request_log(self.request_id).warning("broke off: %s", error)
+            output, error_kind = TextOutput(error=error.info), error.info.kind
+        await send({"type": "http.response.body", "body": events.chunk(output)})
+        return error_kind
+
+    def _document(self, outputs: list[TextOutput]) -> Response:
+        if isinstance(self.request, ChatCompletionRequest):
+            body = chat_response(self.request_id, self.request, outputs)
+        else:
+            body = completion_response(self.request_id, self.request, outputs)
+        headers = {"x-request-id": self.request_id}
+        return Response(body, media_type="application/json", headers=headers)
+
+
+def json_error(info: ErrorInfo, request_id: str) -> JSONResponse:
+    """A failure as status code and JSON, with Retry-After where trying again may help."""
+    status, body = error_response(info)
+    headers = {"x-request-id": request_id}
+    if info.kind == "overloaded":
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    return JSONResponse(body, status, headers)

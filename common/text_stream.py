@@ -1,0 +1,80 @@
+"""The engine's token ids as the text of an answer: detokenised, ended at a stop string, counted."""
+
+import time
+
+from common.protocol import (
+    EngineOutput,
+    FinishReason,
+    PipelineError,
+    PositionLogprobs,
+    TextOutput,
+    Timings,
+    Usage,
+)
+from common.text import StopStrings, TextModel
+
+
+class TextStream:
+    """One answer; `started` is the `time.perf_counter()` at which the processor got the request."""
+
+    def __init__(
+        self, model: TextModel, stop: list[str], *, prompt_tokens: int, started: float
+    ) -> None:
+        self._model = model
+        self._detokenizer = model.detokenizer()
+        self._stop = StopStrings(stop) if stop else None
+        self._started = started
+        self._tokenize_ms = _ms_since(started)
+        self._usage = Usage(prompt_tokens, 0)
+        self._worker_id: int | None = None
+
+    def push(self, outputs: list[EngineOutput]) -> TextOutput:
+        """What these items of the engine add to the answer; the last one has a finish reason.
+
+        Raises:
+            PipelineError: the engine's own, from an error item.
+        """
+        token_ids: list[int] = []
+        logprobs: list[PositionLogprobs] = []
+        finish: FinishReason | None = None
+        for output in outputs:
+            if output.error is not None:
+                raise PipelineError.of(output.error)
+            if output.worker_id is not None:
+                self._worker_id = output.worker_id
+            if output.cached_tokens is not None:
+                self._usage.cached_tokens = output.cached_tokens
+            token_ids += output.token_ids
+            if output.logprobs is not None:
+                logprobs += self._model.logprobs(output.token_ids, output.logprobs)
+            finish = output.finish_reason or finish
+        text, used, hit = self._text(token_ids)
+        if hit:
+            finish = "stop"
+        elif finish is not None and self._stop is not None:
+            text += self._stop.flush()
+        self._usage.completion_tokens += used
+        result = TextOutput(text, used, logprobs[:used] or None, finish)
+        if finish is not None:
+            result.usage = self._usage
+            result.worker_id = self._worker_id
+            result.timings = Timings(
+                self._tokenize_ms, _ms_since(self._started), outputs[-1].timings
+            )
+        return result
+
+    def _text(self, token_ids: list[int]) -> tuple[str, int, bool]:
+        """The text to show, how many of the tokens it took, and whether a stop string was hit."""
+        if self._stop is None:
+            return self._detokenizer.push(token_ids), len(token_ids), False
+        shown = ""
+        for used, token_id in enumerate(token_ids, 1):
+            piece, hit = self._stop.push(self._detokenizer.push([token_id]))
+            shown += piece
+            if hit:
+                return shown, used, True
+        return shown, len(token_ids), False
+
+
+def _ms_since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1e3, 3)

@@ -1,0 +1,275 @@
+"""The life of a component: settings, runtime, readiness, signals, drain, exit status.
+
+A chapter script is a `@dynamo_worker()` function and a call of `run`:
+
+    @dynamo_worker()
+    async def worker(runtime, args, life):
+        ...
+        await life.serve(runtime, {"namespace.component.endpoint": handler})
+
+    if __name__ == "__main__":
+        run(worker, parse_args(), "engine-0")
+
+The first SIGTERM or SIGINT drains (deregister, finish what is in flight, exit 0), a second one
+exits at once.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import uvloop
+from dynamo.runtime import Client, Context, DistributedRuntime, Endpoint
+
+from common.telemetry import log, setup_logging
+
+Handler = Callable[[Any, Context], AsyncGenerator[Any, None]]
+
+NATS_SERVER = "nats://127.0.0.1:4222"
+ETCD_ENDPOINTS = "http://127.0.0.1:2379"
+
+# Callers learn from an etcd watch that an instance is gone; requests that they sent just before
+# still arrive and must find their handler.
+DEREGISTER_GRACE_S = 0.5
+LEASE_CHECK_S = 1.0
+
+
+class ComponentError(Exception):
+    """The component cannot go on; the process exits with status 1 and this message."""
+
+
+class Lifecycle:
+    """What `run` hands to the component: when to stop, and how to serve until then."""
+
+    def __init__(self, drain_timeout_s: float) -> None:
+        self.drain_timeout_s = drain_timeout_s
+        self.stop = asyncio.Event()
+        self.serving = False
+
+    async def serve(
+        self,
+        runtime: DistributedRuntime,
+        handlers: dict[str, Handler],
+        *,
+        ready: Callable[[], Awaitable[None]] | None = None,
+        failed: asyncio.Future[BaseException] | None = None,
+        draining: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Serve endpoints, by path, until a signal; then deregister and finish what is in flight.
+
+        `ready` may delay the READY notification until the component is of use. `failed` is a
+        fault of the component's own that ends it; `draining` runs after deregistration and
+        ends when the component's other work (an HTTP server, say) is done.
+
+        Raises:
+            ComponentError: the lease was lost, so that nobody can find this process any
+                more, or `failed` completed.
+        """
+        endpoints = [runtime.endpoint(path) for path in handlers]
+        served: list[asyncio.Future[None]] = [
+            asyncio.ensure_future(endpoint.serve_endpoint(handler))
+            for endpoint, handler in zip(endpoints, handlers.values(), strict=True)
+        ]
+        clients = [await endpoint.client() for endpoint in endpoints]
+        await asyncio.gather(*[client.wait_for_instances() for client in clients])
+        self.serving = True
+        stopped = asyncio.ensure_future(self.stop.wait())
+        lease_lost = asyncio.ensure_future(_lease_lost(endpoints, clients))
+        announced = asyncio.ensure_future(_announce(ready))
+        causes: list[asyncio.Future[Any]] = [*served, stopped, lease_lost, announced]
+        if failed is not None:
+            causes.append(failed)
+        try:
+            done, _ = await asyncio.wait(causes, return_when=asyncio.FIRST_COMPLETED)
+            if failed is not None and failed.done():
+                raise ComponentError(f"failed: {failed.result()}")
+            if announced in done:
+                announced.result()
+            if not stopped.done():
+                raise ComponentError("lost its etcd lease: nobody can find this process any more")
+            await self._drain(runtime, endpoints, served, draining)
+        finally:
+            for task in (stopped, lease_lost, announced):
+                task.cancel()
+            await asyncio.gather(stopped, lease_lost, announced, return_exceptions=True)
+
+    async def _drain(
+        self,
+        runtime: DistributedRuntime,
+        endpoints: list[Endpoint],
+        served: list[asyncio.Future[None]],
+        draining: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        notify("STOPPING=1")
+        log.info("draining: deregistered, finishing what is in flight")
+        try:
+            async with asyncio.timeout(self.drain_timeout_s):
+                for endpoint in endpoints:
+                    await endpoint.unregister_endpoint_instance()
+                if draining is not None:
+                    await draining()
+                await asyncio.sleep(DEREGISTER_GRACE_S)
+                runtime.shutdown()  # lets handlers in flight finish, then ends `served`
+                await asyncio.gather(*served)
+        except TimeoutError:
+            log.warning("drain took longer than %g s; giving up", self.drain_timeout_s)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every component has."""
+    env = os.environ.get
+    parser.add_argument(
+        "--namespace",
+        default=env("DYN_NAMESPACE", "inference"),
+        help="components of one pipeline find each other in it (env DYN_NAMESPACE, %(default)s)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=float(env("DRAIN_TIMEOUT", "30")),
+        help="on SIGTERM, give requests in flight this long (env DRAIN_TIMEOUT, %(default)s)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default=env("LOG_LEVEL", "info"),
+        help="(env LOG_LEVEL, %(default)s)",
+    )
+    parser.add_argument(
+        "--log-json",
+        action="store_true",
+        default=env("LOG_JSON", "") not in ("", "0"),
+        help="log one JSON object a line (env LOG_JSON=1)",
+    )
+
+
+def run(
+    worker: Callable[..., Awaitable[None]], args: argparse.Namespace, component: str
+) -> NoReturn:
+    """Run `worker(runtime, args, lifecycle)` (a `@dynamo_worker()` function) and exit."""
+    setup_logging(component, args.log_level, json=args.log_json)
+    _set_runtime_environment(args)
+    try:
+        uvloop.run(_supervise(worker, args))
+    except ComponentError as error:
+        log.error("%s", error)
+        status = 1
+    except Exception:
+        log.exception("stopped by an unexpected error")
+        status = 1
+    else:
+        status = 0
+    logging.shutdown()
+    sys.stdout.flush()
+    # The runtime's own threads may still hold connections; nothing of ours is left to close.
+    os._exit(status)
+
+
+async def _supervise(worker: Callable[..., Awaitable[None]], args: argparse.Namespace) -> None:
+    life = Lifecycle(args.drain_timeout)
+    loop = asyncio.get_running_loop()
+
+    async def start() -> None:
+        await _wait_for_servers()
+        await worker(args, life)
+
+    working = asyncio.ensure_future(start())
+
+    def on_signal(number: int) -> None:
+        if life.stop.is_set():
+            log.warning("second signal: exiting at once")
+            os._exit(128 + number)
+        life.stop.set()
+        if not life.serving:
+            working.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await working
+    except asyncio.CancelledError:
+        if not life.stop.is_set():
+            raise
+        log.info("stopped before it was ready")
+
+
+async def _wait_for_servers() -> None:
+    """Return once NATS and etcd accept connections; the runtime itself would block on them."""
+    urls = [os.environ["NATS_SERVER"], *os.environ["ETCD_ENDPOINTS"].split(",")[:1]]
+    for url in urls:
+        address = urlsplit(url)
+        waited = False
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(address.hostname, address.port)
+            except OSError as error:
+                if not waited:
+                    log.warning("waiting for %s: %s", url, error)
+                waited = True
+                await asyncio.sleep(0.5)
+            else:
+                writer.close()
+                break
+
+
+async def _lease_lost(endpoints: list[Endpoint], clients: list[Client]) -> None:
+    """Return when discovery no longer lists this process.
+
+    Its entries live as long as its etcd lease. The runtime does not raise when the lease is
+    lost: it goes on with an empty view of the world, so the process must look for itself.
+    """
+    missing = 0
+    while missing < 2:
+        await asyncio.sleep(LEASE_CHECK_S)
+        listed = all(
+            endpoint.connection_id() in client.instance_ids()
+            for endpoint, client in zip(endpoints, clients, strict=True)
+        )
+        missing = 0 if listed else missing + 1
+
+
+async def _announce(ready: Callable[[], Awaitable[None]] | None) -> NoReturn:
+    """Tell the supervisor when the component is of use; return only by an exception."""
+    if ready is not None:
+        await ready()
+    log.info("ready")
+    notify("READY=1")
+    while True:
+        await asyncio.Event().wait()
+
+
+def notify(message: str) -> None:
+    """Tell the supervisor, if any, how we are (systemd's sd_notify protocol)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        # A leading "@" is sd_notify's notation for an abstract socket.
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.sendall(message.encode())
+
+
+def _set_runtime_environment(args: argparse.Namespace) -> None:
+    """Give the runtime, which reads only the environment, our defaults."""
+    env = os.environ
+    env.setdefault("NATS_SERVER", NATS_SERVER)
+    env.setdefault("ETCD_ENDPOINTS", ETCD_ENDPOINTS)
+    env.setdefault("DYN_REQUEST_PLANE", "nats")
+    env.setdefault("DYN_EVENT_PLANE", "nats")
+    env.setdefault("DYN_DISCOVERY_BACKEND", "etcd")
+    env.setdefault("ETCD_LEASE_TTL", "10")
+    env.setdefault("DYN_LOG", "error")
+    if args.log_json:
+        env.setdefault("DYN_LOGGING_JSONL", "1")
+    if urlsplit(env["NATS_SERVER"]).hostname in ("127.0.0.1", "localhost"):
+        # All on one machine: do not depend on the name or the address of its network card.
+        env.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")
+        env.setdefault("DYN_TCP_RPC_HOST", "127.0.0.1")
