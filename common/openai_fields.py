@@ -62,12 +62,13 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="after")
     def refuse_unknown(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
+        for unknown, value in (self.model_extra or {}).items():
             if value is None:
                 continue
-            problem = "is not supported by this server" if name in UNSUPPORTED else "is unknown"
-            supported = ", ".join(type(self).model_fields)
-            raise bad_value(f"The parameter {problem}. Supported: {supported}.", name)
+            problem = "not supported by this server" if unknown in UNSUPPORTED else "unknown"
+            fields = type(self).model_fields.items()
+            supported = ", ".join(field.alias or name for name, field in fields)
+            raise bad_value(f"The parameter is {problem}. Supported: {supported}.", unknown)
         return self
 
 
@@ -104,8 +105,9 @@ def _invalid_request(model: type[BaseModel], error: ErrorDetails) -> PipelineErr
     if error["type"] == "missing":
         return PipelineError("invalid_request", f"Missing required parameter '{param}'.", param)
     problem = context.get("message")
-    if problem is None:
-        problem = f"{error['msg']}, not {_short(error['input'])}."
+    if problem is None:  # messages about lengths have the length that was given
+        got = "" if "actual_length" in context else f", not {_short(repr(error['input']))}"
+        problem = f"{error['msg']}{got}."
     field = model.model_fields.get(str(path[0]))
     accepted = f" Accepted: {field.description}." if field and field.description else ""
     return PipelineError("invalid_request", f"'{param}': {problem}{accepted}", param)
@@ -114,11 +116,10 @@ def _invalid_request(model: type[BaseModel], error: ErrorDetails) -> PipelineErr
 def _param(path: tuple[str | int, ...]) -> str:
     """`("messages", 0, "content")` as `messages[0].content`."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in path]
-    return "".join(steps).lstrip(".").removesuffix(".[key]")
+    return _short("".join(steps).lstrip(".").removesuffix(".[key]"))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 

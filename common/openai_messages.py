@@ -6,7 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/chat/create.
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from common.openai_fields import StrictModel, bad_value
 
@@ -28,6 +28,14 @@ def _text_of(content: Any) -> str:
     return "".join(texts)
 
 
+def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(schema, allow_nan=False)
+    except ValueError as error:
+        raise bad_value("NaN and Infinity are no JSON numbers.") from error
+    return schema
+
+
 class TextPart(StrictModel):
     type: Literal["text"]
     text: str
@@ -45,7 +53,7 @@ class JsonSchema(StrictModel):
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    schema_: Annotated[dict[str, JsonValue], Field(alias="schema")]
+    schema_: Annotated[dict[str, JsonValue], AfterValidator(_finite), Field(alias="schema")]
     strict: bool | None = None
 
 
