@@ -7,12 +7,12 @@ import argparse
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
-
 from common.engines.start import add_engine_arguments, start_engine
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, from_wire, to_wire
 from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
+
+from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()

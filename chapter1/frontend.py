@@ -13,11 +13,6 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import msgspec
-from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-
 from common.answer import Answer, json_error
 from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, read_body
@@ -43,6 +38,11 @@ from common.protocol import (
 )
 from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
+
+import msgspec
+from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 
 PAGE = importlib.resources.files("common").joinpath("static/index.html")
 

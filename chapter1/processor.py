@@ -13,8 +13,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
-
 from common.model_files import DEFAULT_MODEL
 from common.protocol import (
     EngineInfo,
@@ -32,6 +30,8 @@ from common.telemetry import request_log
 from common.text import TextModel, load_text_model
 from common.text_stream import TextStream
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
+
+from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()

@@ -25,15 +25,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from common.telemetry import log, setup_logging
+
 import uvloop
 from dynamo.runtime import Client, Context, DistributedRuntime, Endpoint
 
-from common.telemetry import log, setup_logging
-
 Handler = Callable[[Any, Context], AsyncGenerator[Any, None]]
-
-NATS_SERVER = "nats://127.0.0.1:4222"
-ETCD_ENDPOINTS = "http://127.0.0.1:2379"
 
 # Callers learn from an etcd watch that an instance is gone; requests that they sent just before
 # still arrive and must find their handler.
@@ -147,7 +144,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-json",
         action="store_true",
         default=env("LOG_JSON", "") not in ("", "0"),
-        help="log one JSON object a line (env LOG_JSON=1)",
+        help="log one JSON object a line (env LOG_JSON=1; it reaches the runtime's own lines, too)",
     )
 
 
@@ -156,7 +153,6 @@ def run(
 ) -> NoReturn:
     """Run `worker(runtime, args, lifecycle)` (a `@dynamo_worker()` function) and exit."""
     setup_logging(component, args.log_level, json=args.log_json)
-    _set_runtime_environment(args)
     try:
         uvloop.run(_supervise(worker, args))
     except ComponentError as error:
@@ -255,21 +251,3 @@ def notify(message: str) -> None:
         # A leading "@" is sd_notify's notation for an abstract socket.
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall(message.encode())
-
-
-def _set_runtime_environment(args: argparse.Namespace) -> None:
-    """Give the runtime, which reads only the environment, our defaults."""
-    env = os.environ
-    env.setdefault("NATS_SERVER", NATS_SERVER)
-    env.setdefault("ETCD_ENDPOINTS", ETCD_ENDPOINTS)
-    env.setdefault("DYN_REQUEST_PLANE", "nats")
-    env.setdefault("DYN_EVENT_PLANE", "nats")
-    env.setdefault("DYN_DISCOVERY_BACKEND", "etcd")
-    env.setdefault("ETCD_LEASE_TTL", "10")
-    env.setdefault("DYN_LOG", "error")
-    if args.log_json:
-        env.setdefault("DYN_LOGGING_JSONL", "1")
-    if urlsplit(env["NATS_SERVER"]).hostname in ("127.0.0.1", "localhost"):
-        # All on one machine: do not depend on the name or the address of its network card.
-        env.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")
-        env.setdefault("DYN_TCP_RPC_HOST", "127.0.0.1")

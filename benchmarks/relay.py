@@ -1,0 +1,208 @@
+"""How fast the pipeline relays tokens, beside Dynamo's own frontend before the same engine.
+
+The engine is simulated and takes no time, so what is measured is everything but inference:
+HTTP, JSON, tokenisation, the runtime's hops. Both pipelines run at the same time on the same
+cores and are measured in turn: ours is frontend, processor and engine, the peer's is Dynamo's
+frontend (Rust) and the engine. Every answer has 128 tokens.
+"""
+
+import asyncio
+import random
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer import PeerUnavailableError, install_peer, peer_pipeline
+from benchmarks.report import (
+    GuardError,
+    argument_parser,
+    markdown_table,
+    median,
+    with_spread,
+    write_result,
+)
+from benchmarks.sse_load import Load, run_load
+from benchmarks.toy_model import toy_model
+from launch.chapters import Options
+from launch.children import Children
+from launch.pipeline import pipeline
+from launch.ports import free_port
+from launch.servers import etcd_server, nats_server, server_environment
+
+CACHE = Path(".cache")
+ANSWER_TOKENS = 128
+TOKENS_PER_ITEM = (1, 8)
+REQUESTS = {1: 24, 32: 256, 256: 768}  # by the number of streams
+WORDS = Path(random.__file__).read_text().split()
+
+
+def bodies(model: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Chat requests with prompts of 40 words, none like another."""
+    words = random.Random(seed)
+    return [
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": " ".join(words.choices(WORDS, k=40))}],
+            "max_tokens": ANSWER_TOKENS,
+            "ignore_eos": True,
+        }
+        for _ in range(count)
+    ]
+
+
+def check(load: Load, requests: int) -> None:
+    tokens = {answer.tokens for answer in load.answers}
+    if len(load.answers) != requests or tokens != {ANSWER_TOKENS}:
+        raise GuardError(f"{len(load.answers)} of {requests} answers, of {tokens} tokens each")
+
+
+async def measure(peer: Path | None, rounds: int, requests: dict[int, int]) -> list[dict[str, Any]]:
+    model = toy_model(CACHE / "toy")
+    targets: dict[tuple[str, int], tuple[str, int]] = {}  # (who, tokens an item): model, port
+    async with AsyncExitStack() as stack:
+        children = stack.enter_context(
+            Children(
+                lambda name, line: print(name, line, file=sys.stderr) if "peer" in name else None
+            )
+        )
+        nats = await stack.enter_async_context(nats_server(children))
+        etcd = await stack.enter_async_context(etcd_server(children))
+        environment = server_environment(nats.url, etcd.url)
+        for per_item in TOKENS_PER_ITEM:
+            engine_args = ["zero_delay=true", f"tokens_per_item={per_item}"]
+            port = free_port()
+            ours = await stack.enter_async_context(
+                pipeline(
+                    children,
+                    environment,
+                    "chapter1",
+                    Options(
+                        namespace=f"ours{per_item}",
+                        backend="simulated",
+                        model=str(model),
+                        port=port,
+                    ),
+                    arguments={
+                        "engine": [f for a in engine_args for f in ("--engine-arg", a)],
+                    },
+                )
+            )
+            await ours.wait_ready()
+            targets["ours", per_item] = (model.name, port)
+            if peer is not None:
+                port = free_port()
+                await stack.enter_async_context(
+                    peer_pipeline(
+                        children,
+                        environment,
+                        installed=peer,
+                        model=model,
+                        namespace=f"peer{per_item}",
+                        port=port,
+                        engine_args=engine_args,
+                    )
+                )
+                targets["peer", per_item] = ("toy", port)
+        loads: dict[tuple[int, str, int], list[Load]] = {}
+        for round_number in range(rounds + 1):
+            for streams, count in requests.items():
+                for (who, per_item), (name, port) in targets.items():
+                    seed = 1000 * round_number + streams
+                    load = await run_load(port, bodies(name, count, seed), streams)
+                    check(load, count)
+                    if round_number > 0:  # the first round warms up
+                        loads.setdefault((streams, who, per_item), []).append(load)
+                        print(
+                            f"round {round_number}: {streams} streams, {per_item} tokens an item, "
+                            f"{who}: {load.tokens_per_s:,.0f} tokens/s, "
+                            f"TTFT {median(load.ttfts_ms):.1f} ms",
+                            file=sys.stderr,
+                        )
+    return [
+        row(streams, per_item, loads[streams, "ours", per_item],
+            loads.get((streams, "peer", per_item), []))
+        for per_item in TOKENS_PER_ITEM
+        for streams in requests
+    ]  # fmt: skip
+
+
+def row(streams: int, per_item: int, ours: list[Load], peer: list[Load]) -> dict[str, Any]:
+    def tokens_per_s(loads: list[Load]) -> list[float]:
+        return [round(load.tokens_per_s, 1) for load in loads]
+
+    def ttft_p50_ms(loads: list[Load]) -> list[float]:
+        return [round(median(load.ttfts_ms), 2) for load in loads]
+
+    result: dict[str, Any] = {
+        "name": f"{streams} streams, {per_item} tokens an item",
+        "streams": streams,
+        "tokens_per_item": per_item,
+        "ours_tokens_per_s": median(tokens_per_s(ours)),
+        "ours_ttft_p50_ms": median(ttft_p50_ms(ours)),
+        "ours_events_per_token": round(
+            sum(a.events for load in ours for a in load.answers)
+            / sum(a.tokens for load in ours for a in load.answers),
+            3,
+        ),
+        "rounds": {"ours_tokens_per_s": tokens_per_s(ours), "ours_ttft_p50_ms": ttft_p50_ms(ours)},
+    }
+    if peer:
+        result |= {
+            "peer_tokens_per_s": median(tokens_per_s(peer)),
+            "peer_ttft_p50_ms": median(ttft_p50_ms(peer)),
+            "peer_events_per_token": round(
+                sum(a.events for load in peer for a in load.answers)
+                / sum(a.tokens for load in peer for a in load.answers),
+                3,
+            ),
+        }
+        result["ratio"] = round(result["ours_tokens_per_s"] / result["peer_tokens_per_s"], 3)
+        result["ttft_ratio"] = round(result["ours_ttft_p50_ms"] / result["peer_ttft_p50_ms"], 3)
+        result["rounds"] |= {
+            "peer_tokens_per_s": tokens_per_s(peer),
+            "peer_ttft_p50_ms": ttft_p50_ms(peer),
+        }
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    header = ["streams", "tokens an item", "ours, tokens/s", "peer, tokens/s", "ratio"]
+    header += ["ours, TTFT p50 ms", "peer, TTFT p50 ms"]
+    lines = []
+    for entry in rows:
+        rounds = entry["rounds"]
+        peer = "ratio" in entry
+        lines.append(
+            [
+                str(entry["streams"]),
+                str(entry["tokens_per_item"]),
+                with_spread(rounds["ours_tokens_per_s"]),
+                with_spread(rounds["peer_tokens_per_s"]) if peer else "-",
+                f"{entry['ratio']:.2f}" if peer else "-",
+                with_spread(rounds["ours_ttft_p50_ms"], 1),
+                with_spread(rounds["peer_ttft_p50_ms"], 1) if peer else "-",
+            ]
+        )
+    return markdown_table(header, lines)
+
+
+def main() -> None:
+    args = argument_parser(__doc__).parse_args()
+    rounds = 3 if args.quick else 5
+    requests = {s: n // 4 if args.quick else n for s, n in REQUESTS.items()}
+    peer, left_out = None, None
+    try:
+        peer = install_peer(CACHE)
+    except PeerUnavailableError as error:
+        left_out = str(error)
+    rows = asyncio.run(measure(peer, rounds, requests))
+    print(table(rows))
+    if left_out:
+        print(f"\nThe peer is left out: {left_out}")
+    result = {"rows": rows, "peer_left_out": left_out, "answer_tokens": ANSWER_TOKENS}
+    write_result(args.json, result, "measured", list(range(1, rounds + 1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A closed-loop load of streamed chat completions over raw sockets.
+
+The client shares the machine with what it measures, so it does as little as it can: it looks
+for the first token's event and the token counts and decodes nothing else.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Seconds from the request to the first token and to the end; tokens and events in all."""
+
+    ttft_s: float
+    total_s: float
+    tokens: int
+    events: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """The answers of one run, and the seconds it took."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+    @property
+    def ttfts_ms(self) -> list[float]:
+        return [answer.ttft_s * 1e3 for answer in self.answers]
+
+
+async def run_load(port: int, bodies: list[dict[str, Any]], streams: int) -> Load:
+    """Send the requests, `streams` of them at a time, and read every answer to its end.
+
+    Raises:
+        RuntimeError: an answer was an error, or had no token counts.
+    """
+    waiting = iter(bodies)
+    answers: list[Answer] = []
+
+    async def one_stream() -> None:
+        for body in waiting:
+            answers.append(await _ask(port, body))
+
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(streams):
+            tasks.create_task(one_stream())
+    return Load(answers, time.perf_counter() - started)
+
+
+async def _ask(port: int, body: dict[str, Any]) -> Answer:
+    document = json.dumps(
+        {**body, "stream": True, "stream_options": {"include_usage": True}}
+    ).encode()
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (len(document), document)
+        )
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()}")
+        first, tokens, events = 0.0, 0, 0
+        async for line in reader:
+            if not line.startswith(b"data: "):
+                continue
+            events += 1
+            # The role may come in an event of its own, before there is any token.
+            if not first and b'"content":"' in line and b'"content":""' not in line:
+                first = time.perf_counter() - started
+            if b'"completion_tokens":' in line:
+                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+        if not first or not tokens:
+            raise RuntimeError("the stream ended without tokens or token counts")
+        return Answer(first, time.perf_counter() - started, tokens, events)
+    finally:
+        writer.close()
