@@ -153,7 +153,7 @@ class SimulatedEngine:
         if self._closed:
             raise PipelineError("unavailable", "the engine is closed")
 
-    def _submit(self, scheduled: ScheduledRequest, output: SimulatedOutput) -> None:
+    async def _submit(self, scheduled: ScheduledRequest, output: SimulatedOutput) -> None:
         self._scheduler.add(scheduled)
         self._outputs[scheduled] = output
         self._arrived.set()

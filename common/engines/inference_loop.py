@@ -1,0 +1,147 @@
+"""The thread that owns llama.cpp: takes requests from a queue and computes step after step."""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.engines.llama_context import LlamaContext
+from common.engines.sampling import Sampler
+from common.engines.scheduled_request import ScheduledRequest
+from common.engines.scheduler import Scheduler, Work
+from common.protocol import EngineMetrics, EngineOutput, PipelineError
+
+from llguidance import LLMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An item for a request's stream, or why it failed."""
+
+    request: ScheduledRequest
+    result: EngineOutput | PipelineError
+
+
+class InferenceLoop(threading.Thread):
+    """Runs until `stop` or the first failure.
+
+    `load` is called first and makes the context and the scheduler; `deliver` takes all that
+    one step has produced; `ended` comes last, with the exception if it was a failure. All of
+    them are called on this thread.
+    """
+
+    def __init__(
+        self,
+        worker_id: int,
+        load: Callable[[], tuple[LlamaContext, Scheduler]],
+        deliver: Callable[[list[Delivery]], None],
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        super().__init__(name=f"engine-{worker_id}", daemon=True)
+        self.metrics = EngineMetrics(running=0, waiting=0, used_blocks=0, total_blocks=0)
+        self._worker_id = worker_id
+        self._load = load
+        self._deliver = deliver
+        self._ended = ended
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._samplers: dict[ScheduledRequest, Sampler] = {}
+        self._outbox: list[Delivery] = []
+
+    def submit(self, request: ScheduledRequest, matcher: LLMatcher | None) -> None:
+        """Schedule a request; its items, or the reason it is refused, will be delivered."""
+        self._commands.put(lambda: self._add(request, matcher))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run a function between two steps."""
+        self._commands.put(function)
+
+    def stop(self) -> None:
+        """End after the current step, leaving requests where they are."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        self._commands.put(stop)
+
+    def run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._context, self._scheduler = self._load()
+            try:
+                while self._take_commands():
+                    self._step()
+            finally:
+                for sampler in self._samplers.values():
+                    sampler.close()
+                self._context.close()
+        except BaseException as error:
+            failure = error
+        self._ended(failure)
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for; waits when there is nothing to compute. False: stop."""
+        if self._scheduler.is_idle:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+        return not self._stopping
+
+    def _add(self, request: ScheduledRequest, matcher: LLMatcher | None) -> None:
+        try:
+            self._scheduler.add(request)
+        except PipelineError as error:
+            self._outbox.append(Delivery(request, error))
+        else:
+            self._samplers[request] = Sampler(self._context, request, matcher)
+
+    def _step(self) -> None:
+        for request in self._scheduler.drop_stopped():
+            self._end(request, request.item(self._worker_id, [], finish_reason="cancelled"))
+        work = self._scheduler.plan()
+        if work:
+            ends = [self._fill_batch(item) for item in work]
+            self._context.decode()
+            self._scheduler.computed(work)
+            for item, end in zip(work, ends, strict=True):
+                if item.sample:
+                    self._sample(item.request, end)
+        self._scheduler.cache.publish()
+        self.metrics = self._scheduler.metrics()
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._deliver(outbox)
+
+    def _fill_batch(self, work: Work) -> int:
+        """Put the work into the batch; the index there of its last token."""
+        position = len(work.sequence.tokens)
+        *tokens, last = work.tokens
+        for token in tokens:
+            self._context.add(token, position, work.sequence.id, logits=False)
+            position += 1
+        return self._context.add(last, position, work.sequence.id, logits=work.sample)
+
+    def _sample(self, request: ScheduledRequest, index: int) -> None:
+        sampler = self._samplers[request]
+        try:
+            token, logprobs = sampler.sample(index)
+        except PipelineError as error:
+            self._scheduler.finish(request)
+            self._end(request, error)
+            return
+        reason = self._scheduler.add_output(request, token)
+        if reason == "stop":
+            item = request.item(self._worker_id, [], finish_reason=reason)
+        else:
+            reason = "stop" if sampler.is_complete else reason
+            entries = None if logprobs is None else [logprobs]
+            item = request.item(self._worker_id, [token], entries, reason)
+        if reason is None:
+            self._outbox.append(Delivery(request, item))
+        else:
+            self._scheduler.finish(request)
+            self._end(request, item)
+
+    def _end(self, request: ScheduledRequest, result: EngineOutput | PipelineError) -> None:
+        self._samplers.pop(request).close()
+        self._outbox.append(Delivery(request, result))

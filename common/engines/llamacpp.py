@@ -1,0 +1,253 @@
+"""The default engine: llama.cpp on the CPU with continuous batching and a block prefix cache."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+from common.engines.base import RequestContext
+from common.engines.block_cache import BlockCache
+from common.engines.grammar import GrammarCompiler
+from common.engines.inference_loop import Delivery, InferenceLoop
+from common.engines.limits import check_range
+from common.engines.llama_context import ContextSize, LlamaContext
+from common.engines.llama_structs import MAX_SEQUENCES
+from common.engines.scheduled_request import ScheduledRequest, schedule
+from common.engines.scheduler import Scheduler
+from common.kv import KvEvent
+from common.model_files import DEFAULT_MODEL, find_model, model_name
+from common.protocol import (
+    EngineInfo,
+    EngineMetrics,
+    EngineOutput,
+    GenerateRequest,
+    PipelineError,
+)
+
+_log = logging.getLogger(__name__)
+_CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class LlamaCppSettings:
+    """`model` is a name or path for `find_model`; sizes are in tokens.
+
+    `cache_tokens` is the pool of KV cells that all requests share. `max_sequences` is how many
+    sequences it can hold at once, running or finished but still cached; it costs 0.2 MB each.
+    `threads` compute a single token, `batch_threads` several at once.
+    """
+
+    model: str = DEFAULT_MODEL
+    worker_id: int = 0
+    cache_tokens: int = 8192
+    block_size: int = 16
+    max_sequences: int = 128
+    max_running: int = 32
+    max_waiting: int = 128
+    prefill_chunk: int = 64
+    threads: int = max(1, _CORES // 2)
+    batch_threads: int = _CORES
+
+    def __post_init__(self) -> None:
+        check_range("cache_tokens", self.cache_tokens, 256, 2**31 - 1)
+        check_range("block_size", self.block_size, 1, self.cache_tokens)
+        check_range("max_sequences", self.max_sequences, 1, MAX_SEQUENCES)
+        check_range("max_running", self.max_running, 1, self.max_sequences)
+        check_range("max_waiting", self.max_waiting, 0)
+        check_range("prefill_chunk", self.prefill_chunk, 1, self.cache_tokens)
+        check_range("threads", self.threads, 1)
+        check_range("batch_threads", self.batch_threads, 1)
+
+
+class LlamaCppEngine:
+    """An `Engine` that `start` makes; it belongs to the event loop that it was started on."""
+
+    info: EngineInfo
+
+    def __init__(self, settings: LlamaCppSettings) -> None:
+        self._settings = settings
+        self._event_loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[BaseException] = self._event_loop.create_future()
+        self._loaded: asyncio.Future[None] = self._event_loop.create_future()
+        self._ended = asyncio.Event()
+        self._closing = False
+        self._open: set[ScheduledRequest] = set()
+        self._clearing: set[asyncio.Future[None]] = set()
+        self._compilations = ThreadPoolExecutor(2, thread_name_prefix="json-schema")
+        self._inference = InferenceLoop(
+            settings.worker_id,
+            load=self._load,
+            deliver=lambda batch: self._on_loop(lambda: self._deliver(batch)),
+            ended=lambda error: self._on_loop(lambda: self._end(error)),
+        )
+
+    @classmethod
+    async def start(cls, settings: LlamaCppSettings) -> Self:
+        """Load the model and start the engine's thread.
+
+        Raises:
+            OSError: there is no such model file.
+            ValueError: the file is not a model, or a setting is out of range.
+            LlamaCppError: llama.cpp cannot load or run the model.
+        """
+        engine = cls(settings)
+        engine._inference.start()
+        try:
+            await engine._loaded
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    def subscribe(self, callback: Callable[[list[KvEvent]], None]) -> None:
+        self._cache.subscribe(callback)
+
+    def metrics(self) -> EngineMetrics:
+        return self._inference.metrics
+
+    def generate(
+        self, request: GenerateRequest, context: RequestContext
+    ) -> AsyncIterator[EngineOutput]:
+        """See `Engine.generate`; `json_schema` excludes `min_tokens` and `ignore_eos`."""
+        self._check_open()
+        sampling = request.sampling
+        for name in ("min_tokens", "ignore_eos"):
+            if sampling.json_schema is not None and getattr(sampling, name):
+                raise PipelineError(
+                    "invalid_request", f"{name} cannot be combined with a JSON schema", name
+                )
+        scheduled = schedule(
+            request,
+            context,
+            context_length=self.info.context_length,
+            vocab_size=self._vocab.n_tokens,
+            eog_ids=self._vocab.eog_ids,
+        )
+        return scheduled.items(lambda: self._submit(scheduled))
+
+    async def clear_cache(self) -> None:
+        """Forget all blocks that no running request holds."""
+        self._check_open()
+        cleared: asyncio.Future[None] = self._event_loop.create_future()
+        self._clearing.add(cleared)
+
+        def clear() -> None:
+            self._cache.clear()
+            self._cache.publish()
+            self._on_loop(lambda: _complete(cleared))
+
+        self._inference.call(clear)
+        try:
+            await cleared
+        finally:
+            self._clearing.discard(cleared)
+
+    async def close(self) -> None:
+        """Stop the engine and free its memory; running requests end as cancelled."""
+        self._closing = True
+        # Compilations read the vocabulary, which is freed with the model.
+        await asyncio.to_thread(self._compilations.shutdown)
+        self._inference.stop()
+        await self._ended.wait()
+        await asyncio.to_thread(self._inference.join)
+
+    def _check_open(self) -> None:
+        if self.failed.done():
+            raise _failure(self.failed.result())
+        if self._closing:
+            raise PipelineError("unavailable", "the engine is closed")
+
+    async def _submit(self, request: ScheduledRequest) -> None:
+        matcher = None
+        if request.sampling.json_schema is not None:
+            matcher = await self._event_loop.run_in_executor(
+                self._compilations, self._grammars.compile, request.sampling.json_schema
+            )
+        self._check_open()
+        self._open.add(request)
+        self._inference.submit(request, matcher)
+
+    def _load(self) -> tuple[LlamaContext, Scheduler]:
+        """Runs on the engine's thread, like all that touches llama.cpp's context."""
+        settings = self._settings
+        path = find_model(settings.model)
+        context = LlamaContext(
+            path,
+            ContextSize(
+                cells=settings.cache_tokens,
+                sequences=settings.max_sequences,
+                batch=settings.max_running + settings.prefill_chunk,
+                threads=settings.threads,
+                batch_threads=settings.batch_threads,
+            ),
+        )
+        self._vocab = context.vocab
+        self._grammars = GrammarCompiler(context.vocab)
+        self._cache = BlockCache(
+            context,
+            cells=context.cells,
+            block_size=settings.block_size,
+            max_sequences=settings.max_sequences,
+        )
+        self.info = EngineInfo(
+            model=model_name(path),
+            backend="llamacpp",
+            context_length=min(context.vocab.context_length_train, context.cells),
+            block_size=settings.block_size,
+            total_blocks=context.cells // settings.block_size,
+            worker_id=settings.worker_id,
+        )
+        self._on_loop(lambda: _complete(self._loaded))
+        return context, Scheduler(
+            self._cache,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            prefill_chunk=settings.prefill_chunk,
+        )
+
+    def _on_loop(self, function: Callable[[], object]) -> None:
+        self._event_loop.call_soon_threadsafe(function)
+
+    def _deliver(self, batch: list[Delivery]) -> None:
+        for delivery in batch:
+            request, result = delivery.request, delivery.result
+            if isinstance(result, PipelineError):
+                request.stream.fail(result)
+                self._open.discard(request)
+            else:
+                request.stream.put(result)
+                if result.finish_reason is not None:
+                    self._open.discard(request)
+
+    def _end(self, error: BaseException | None) -> None:
+        """The engine's thread is over: nobody who waits for it may wait for ever."""
+        self._ended.set()
+        if error is not None and not self._loaded.done():
+            self._loaded.set_exception(error)
+        elif error is not None:
+            _log.error("the engine failed", exc_info=error)
+            self.failed.set_result(error)
+        for request in self._open:
+            if error is not None:
+                request.stream.fail(_failure(error))
+            else:
+                worker_id = self._settings.worker_id
+                request.stream.put(request.item(worker_id, [], finish_reason="cancelled"))
+        self._open.clear()
+        for cleared in self._clearing:
+            if not cleared.done():
+                cleared.set_exception(PipelineError("unavailable", "the engine is closed"))
+
+
+def _failure(cause: BaseException) -> PipelineError:
+    failure = PipelineError("internal", f"the engine failed: {cause!r}")
+    failure.__cause__ = cause
+    return failure
+
+
+def _complete(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
