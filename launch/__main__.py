@@ -16,6 +16,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
+from common.model_files import find_model
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
 from launch.chapters import Options, components
@@ -53,8 +54,11 @@ async def launch(arguments: argparse.Namespace) -> int:
     failed; 128 + signal number when a signal came before the work was done.
     """
     components(arguments.chapter)
-    if arguments.model is not None and not arguments.model.exists():
-        raise LaunchError(f"--model {arguments.model}: there is no such file")
+    if arguments.model is not None:
+        try:
+            find_model(arguments.model)
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"--model: {error}") from error
     options = Options(
         namespace=arguments.namespace,
         engines=arguments.engines,
@@ -152,7 +156,8 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     say(f"starting {', '.join(running.processes)} …")
     await running.wait_ready()
-    say(f"ready in {time.perf_counter() - began:.1f} s")
+    note = " (simulated: the words mean nothing)" if arguments.backend == "simulated" else ""
+    say(f"ready in {time.perf_counter() - began:.1f} s{note}")
     if not arguments.ask:
         print(f"Chat page:  {running.url}/")
         print(f"OpenAI API: {running.url}/v1")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from launch.chapters import CHAPTERS, Options
 
@@ -27,7 +26,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        type=Path,
         help="a .gguf file to use instead of the model that comes with the project",
     )
     parser.add_argument(

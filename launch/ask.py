@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from launch.errors import LaunchError
+
+import httpx
 
 # The first token may have to wait for a long prompt; connecting to this machine may not.
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)

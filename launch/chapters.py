@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.errors import LaunchError
 
@@ -24,7 +23,7 @@ class Options:
     namespace: str = "inference"
     engines: int = 1
     backend: str | None = None
-    model: Path | None = None
+    model: str | None = None
     port: int = 8000
 
 

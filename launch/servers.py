@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
-
 from launch.child import Child, ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
 from launch.ports import LOOPBACK, free_port
 
+import httpx
+
 NATS_PORT = 4222
 ETCD_PORT = 2379
+CHECK_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def check_etcd(urls: str) -> None:
         with_scheme = url.strip() if "://" in url else f"http://{url.strip()}"
         try:
             # The check is for reachability; the runtime itself verifies certificates.
-            answer = httpx.get(f"{with_scheme}/version", timeout=5, verify=False, trust_env=False)  # noqa: S501
+            answer = httpx.get(
+                f"{with_scheme}/version", timeout=CHECK_TIMEOUT, verify=False, trust_env=False
+            )  # noqa: S501
             if "etcdserver" in answer.text:
                 return
             problems.append(f"{url}: what listens there is not etcd")
@@ -152,5 +155,8 @@ def check_etcd(urls: str) -> None:
 def _first_line(url: str) -> str:
     parts = urlsplit(url if "://" in url else f"nats://{url}")
     address = (parts.hostname or LOOPBACK, parts.port or NATS_PORT)
-    with socket.create_connection(address, timeout=5) as connection, connection.makefile() as lines:
+    with (
+        socket.create_connection(address, timeout=CHECK_TIMEOUT) as connection,
+        connection.makefile() as lines,
+    ):
         return lines.readline()

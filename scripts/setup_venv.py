@@ -110,10 +110,10 @@ def pip_install(*arguments: str) -> None:
         for line in pip.stdout or ():
             output.append(line)
             words = line.split()
-            if words[:1] == ["Downloading"]:
+            if words[:1] == ["Downloading"] and words[-1] == "MB)":
                 say(f"  {line.strip()}")
             elif words[:2] == ["Installing", "collected"]:
-                say(f"  installing {len(line.split(','))} packages")
+                say(f"  Installing {len(line.split(','))} package(s)")
     if pip.returncode > 0:
         UNFINISHED.unlink()  # it gave up by itself, and undid what it had begun
     if pip.returncode != 0:

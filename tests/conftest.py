@@ -1,0 +1,78 @@
+"""Servers and pipelines for the tests: real processes on free ports, gone after each test."""
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from launch.chapters import Options
+from launch.children import Children
+from launch.pipeline import Pipeline, pipeline
+from launch.ports import free_port
+from launch.servers import etcd_server, nats_server, server_environment
+
+import pytest
+import pytest_asyncio
+
+StartPipeline = Callable[..., AbstractAsyncContextManager[Pipeline]]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def servers() -> AsyncIterator[dict[str, str]]:
+    """NATS and etcd, one of each for the whole run: the environment that names them."""
+    with Children() as children:
+        async with nats_server(children) as nats, etcd_server(children) as etcd:
+            yield server_environment(nats.url, etcd.url)
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace of the test's own on the shared servers."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    """Owns the test's processes; what they print is shown if the test fails."""
+    lines: list[str] = []
+    with Children(lambda name, line: lines.append(f"{name:>10} | {line}")) as children:
+        yield children
+    print(*lines, sep="\n")
+
+
+@pytest.fixture
+def start_pipeline(children: Children, servers: dict[str, str], namespace: str) -> StartPipeline:
+    """Start a pipeline: `async with start_pipeline(engines=2) as p:` and use `p.url`.
+
+    Options of the launcher by name; `start` names the processes to start now (default all);
+    `wait=False` does not wait until they are ready; `arguments` adds command-line arguments
+    by component; `environment` replaces that of the shared servers.
+    """
+
+    @asynccontextmanager
+    async def start_one(
+        *,
+        chapter: str = "chapter1",
+        backend: str = "simulated",
+        engines: int = 1,
+        model: str | None = None,
+        start: Sequence[str] | None = None,
+        wait: bool = True,
+        arguments: Mapping[str, Sequence[str]] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[Pipeline]:
+        options = Options(
+            namespace=namespace, engines=engines, backend=backend, model=model, port=free_port()
+        )
+        async with pipeline(
+            children,
+            environment or servers,
+            chapter,
+            options,
+            start=start,
+            arguments=arguments,
+        ) as running:
+            if wait:
+                await running.wait_ready()
+            yield running
+
+    return start_one
