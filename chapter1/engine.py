@@ -5,10 +5,19 @@ Endpoints: `engine.generate` runs the model, `engine.info` says which model that
 
 import argparse
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from common.engines.start import add_engine_arguments, start_engine
-from common.protocol import EngineOutput, GenerateRequest, PipelineError, from_wire, to_wire
+from common.protocol import (
+    EngineOutput,
+    GenerateRequest,
+    PipelineError,
+    from_wire,
+    merge_outputs,
+    to_wire,
+)
+from common.streams import Pace, gather_ready
 from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
@@ -22,14 +31,17 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     except (OSError, ValueError) as error:
         raise ComponentError(str(error)) from error
     log.info("%s", engine.info)
+    pace = Pace()
 
     async def generate(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         log = request_log(context.id())
         try:
             generate_request = from_wire(request, GenerateRequest)
             log.debug("prompt of %d tokens", len(generate_request.token_ids))
-            async for output in engine.generate(generate_request, context):
-                yield to_wire(output)
+            outputs = engine.generate(generate_request, context)
+            async with aclosing(gather_ready(outputs, pace)) as batches:
+                async for ready in batches:
+                    yield to_wire(merge_outputs(ready))
         except PipelineError as error:
             log.warning("refused: %s", error)
             yield to_wire(EngineOutput(error=error.info))

@@ -25,7 +25,6 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
-from common.streams import Pace, gather_ready
 from common.telemetry import request_log
 from common.text import TextModel, load_text_model
 from common.text_stream import TextStream
@@ -42,7 +41,6 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         raise ComponentError(str(error)) from error
     engine = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
     engine_info = await runtime.endpoint(f"{args.namespace}.engine.info").client()
-    pace = Pace()
 
     async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         log = request_log(context.id())
@@ -66,10 +64,10 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         finished = False
         try:
             stream = await engine.round_robin(generate, annotated=False, context=engine_context)
-            async for items in gather_ready(stream, pace):
+            async for item in stream:
                 if finished:
                     continue  # a stream that is not read to its end looks like a broken engine
-                output = text.push([from_wire(item, EngineOutput) for item in items])
+                output = text.push(from_wire(item, EngineOutput))
                 finished = output.finish_reason is not None
                 yield output
                 if finished and request.stop:

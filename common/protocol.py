@@ -112,6 +112,19 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     error: ErrorInfo | None = None
 
 
+def merge_outputs(outputs: list[EngineOutput]) -> EngineOutput:
+    """Consecutive items of one stream as one item; changes the first of them."""
+    merged = outputs[0]
+    for output in outputs[1:]:
+        merged.token_ids += output.token_ids
+        if output.logprobs is not None:
+            merged.logprobs = (merged.logprobs or []) + output.logprobs
+        merged.finish_reason = output.finish_reason
+        merged.timings = output.timings
+        merged.error = output.error
+    return merged
+
+
 class EngineInfo(msgspec.Struct, omit_defaults=True):
     """What an engine is: the answer of `engine.info`. Sizes are in tokens or blocks."""
 

@@ -4,7 +4,6 @@ import time
 
 from common.protocol import (
     EngineOutput,
-    FinishReason,
     PipelineError,
     PositionLogprobs,
     TextOutput,
@@ -28,27 +27,23 @@ class TextStream:
         self._usage = Usage(prompt_tokens, 0)
         self._worker_id: int | None = None
 
-    def push(self, outputs: list[EngineOutput]) -> TextOutput:
-        """What these items of the engine add to the answer; the last one has a finish reason.
+    def push(self, output: EngineOutput) -> TextOutput:
+        """What an item of the engine adds to the answer; the last one has a finish reason.
 
         Raises:
             PipelineError: the engine's own, from an error item.
         """
-        token_ids: list[int] = []
+        if output.error is not None:
+            raise PipelineError.of(output.error)
+        if output.worker_id is not None:
+            self._worker_id = output.worker_id
+        if output.cached_tokens is not None:
+            self._usage.cached_tokens = output.cached_tokens
         logprobs: list[PositionLogprobs] = []
-        finish: FinishReason | None = None
-        for output in outputs:
-            if output.error is not None:
-                raise PipelineError.of(output.error)
-            if output.worker_id is not None:
-                self._worker_id = output.worker_id
-            if output.cached_tokens is not None:
-                self._usage.cached_tokens = output.cached_tokens
-            token_ids += output.token_ids
-            if output.logprobs is not None:
-                logprobs += self._model.logprobs(output.token_ids, output.logprobs)
-            finish = output.finish_reason or finish
-        text, used, hit = self._text(token_ids)
+        if output.logprobs is not None:
+            logprobs = self._model.logprobs(output.token_ids, output.logprobs)
+        finish = output.finish_reason
+        text, used, hit = self._text(output.token_ids)
         if hit:
             finish = "stop"
         elif finish is not None and self._stop is not None:
@@ -58,9 +53,7 @@ class TextStream:
         if finish is not None:
             result.usage = self._usage
             result.worker_id = self._worker_id
-            result.timings = Timings(
-                self._tokenize_ms, _ms_since(self._started), outputs[-1].timings
-            )
+            result.timings = Timings(self._tokenize_ms, _ms_since(self._started), output.timings)
         return result
 
     def _text(self, token_ids: list[int]) -> tuple[str, int, bool]:
