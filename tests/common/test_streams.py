@@ -51,9 +51,13 @@ async def test_an_item_is_sent_when_its_interval_is_over_although_no_other_follo
 
 async def test_an_exception_comes_after_the_items_before_it() -> None:
     got: list[int] = []
-    with pytest.raises(ValueError, match="broken stream"):
+
+    async def read() -> None:
         async for batch in gather_ready(numbers(5, fail=True), SLOW):
-            got += batch
+            got.extend(batch)
+
+    with pytest.raises(ValueError, match="broken stream"):
+        await read()
     assert got == list(range(5))
 
 
