@@ -8,12 +8,12 @@ import json
 from datetime import datetime
 from typing import Any, NoReturn
 
+from common.protocol import ChatMessage, PipelineError
+
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import msgspec
-
-from common.protocol import ChatMessage, PipelineError
 
 _SMOLLM2_DEFAULT_SYSTEM_PROMPT = """\
 {% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system

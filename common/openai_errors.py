@@ -7,9 +7,9 @@ whose data has an `error` object.
 
 from typing import Any, NamedTuple
 
-import msgspec
-
 from common.protocol import ErrorInfo, ErrorKind
+
+import msgspec
 
 
 class _Shape(NamedTuple):

@@ -6,10 +6,10 @@ every error message about the field.
 
 from typing import Any, Self, TypeVar
 
+from common.protocol import PipelineError
+
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
-
-from common.protocol import PipelineError
 
 UNSUPPORTED = frozenset(
     (

@@ -6,9 +6,9 @@ Source: https://platform.openai.com/docs/api-reference/chat/create.
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
-
 from common.openai_fields import StrictModel, bad_value
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 
 def _text_of(content: Any) -> str:

@@ -8,11 +8,11 @@ is Dynamo's.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
-
 from common.openai_fields import StrictModel, bad_value, parse
 from common.openai_messages import Message, ResponseFormat
 from common.protocol import ChatMessage, ProcessRequest, SamplingParams
+
+from pydantic import BeforeValidator, Field, model_validator
 
 MAX_TOKEN_ID = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

@@ -10,11 +10,18 @@ import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from common.openai_requests import ChatCompletionRequest, CompletionRequest
+from common.protocol import (
+    ErrorInfo,
+    LogprobEntry,
+    PipelineError,
+    PositionLogprobs,
+    TextOutput,
+    Usage,
+)
+
 import msgspec
 from pydantic import BaseModel
-
-from common.openai_requests import ChatCompletionRequest, CompletionRequest
-from common.protocol import LogprobEntry, PipelineError, PositionLogprobs, TextOutput, Usage
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
@@ -45,7 +52,8 @@ def chat_response(
     """The JSON of a whole answer, from all the items that the processor streamed.
 
     Raises:
-        PipelineError: an item carries an error, or the last one is missing.
+        PipelineError: an item carries an error, the answer was cancelled, or its last item is
+            missing.
     """
     text, logprobs, last = _gather(outputs)
     choice = {
@@ -71,10 +79,17 @@ def completion_response(
     return _response("cmpl-", "text_completion", request_id, request, choice, last)
 
 
+def failure(output: TextOutput) -> ErrorInfo | None:
+    """Why this item is no part of an answer; OpenAI's API has no word for a cancelled one."""
+    if output.finish_reason == "cancelled":
+        return ErrorInfo("unavailable", "The answer was cancelled before it was complete.")
+    return output.error
+
+
 def _gather(outputs: list[TextOutput]) -> tuple[str, list[PositionLogprobs], TextOutput]:
     for output in outputs:
-        if output.error is not None:
-            raise PipelineError(output.error.kind, output.error.message, output.error.param)
+        if error := failure(output):
+            raise PipelineError.of(error)
     if not outputs or outputs[-1].finish_reason is None:
         raise PipelineError("unavailable", "The answer ended before it was complete.")
     logprobs = [position for output in outputs for position in output.logprobs or ()]

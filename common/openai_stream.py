@@ -10,12 +10,18 @@ have no `system_fingerprint`, as in `openai_responses`.
 
 import time
 
-import msgspec
-
 from common.openai_errors import sse_error
 from common.openai_requests import ChatCompletionRequest, CompletionRequest
-from common.openai_responses import TextOffsets, chat_logprobs, nvext_json, usage_json
+from common.openai_responses import (
+    TextOffsets,
+    chat_logprobs,
+    failure,
+    nvext_json,
+    usage_json,
+)
 from common.protocol import TextOutput
+
+import msgspec
 
 DONE = b"data: [DONE]\n\n"
 
@@ -26,8 +32,8 @@ class ChatStream:
     """The events of one answer of POST /v1/chat/completions.
 
     The first item's bytes begin with the chunk that names the role; the last item's end with
-    the finish reason, `nvext` and the token counts if asked for, and `[DONE]`. Nothing may be
-    sent after an item with an `error`.
+    the finish reason, `nvext` and the token counts if asked for, and `[DONE]`. An item with
+    an `error`, or whose answer was cancelled, becomes an error event; nothing may follow it.
     """
 
     def __init__(self, request_id: str, request: ChatCompletionRequest) -> None:
@@ -40,8 +46,8 @@ class ChatStream:
     def chunk(self, output: TextOutput) -> bytes:
         """The events that tell about `output`; b"" if there is nothing to tell yet."""
         start, self._start = self._start, b""
-        if output.error is not None:
-            return start + sse_error(output.error)
+        if error := failure(output):
+            return start + sse_error(error)
         events = start
         if output.logprobs:
             logprobs = {"content": chat_logprobs(output.logprobs), "refusal": None}
@@ -65,8 +71,8 @@ class CompletionStream:
 
     def chunk(self, output: TextOutput) -> bytes:
         """The events that tell about `output`; b"" if there is nothing to tell yet."""
-        if output.error is not None:
-            return sse_error(output.error)
+        if error := failure(output):
+            return sse_error(error)
         events = b""
         if output.logprobs:
             logprobs = self._offsets.logprobs(output.logprobs)

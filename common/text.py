@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-import jinja2
-
 from common.chat_template import ChatTemplate, without_default_system_prompt
 from common.detokenizer import Detokenizer
 from common.model_files import find_model, model_name
@@ -18,6 +16,8 @@ from common.protocol import (
 )
 from common.stop_strings import StopStrings
 from common.tokenizer import GgufTokenizer, HuggingFaceTokenizer, Tokenizer
+
+import jinja2
 
 __all__ = ["Detokenizer", "StopStrings", "TextModel", "load_text_model"]
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import tokenizers
-
 from common.detokenizer import ByteDetokenizer, DecodeStreamDetokenizer, Detokenizer, TokenBytes
 from common.engines.llama_capi import Vocab
+
+import tokenizers
 
 
 class Tokenizer(Protocol):

@@ -3,10 +3,6 @@
 import json
 from collections.abc import AsyncIterator, Iterator
 
-import httpx2
-import openai
-import pytest
-
 from common.openai import (
     ChatStream,
     CompletionStream,
@@ -17,6 +13,10 @@ from common.openai import (
     to_process_request,
 )
 from common.protocol import ErrorInfo, ErrorKind, TextOutput, Usage
+
+import httpx2
+import openai
+import pytest
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 LOST = ErrorInfo("unavailable", "the engine is gone")

@@ -3,15 +3,6 @@
 import json
 from typing import Any
 
-import msgspec
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from openai.types.chat.completion_create_params import (
-    CompletionCreateParamsBase as ChatParams,
-)
-from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
-
 from common.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -29,6 +20,15 @@ from common.protocol import (
     SamplingParams,
     to_wire,
 )
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import (
+    CompletionCreateParamsBase as ChatParams,
+)
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 USER = {"role": "user", "content": "hi"}
 

@@ -3,14 +3,6 @@
 import json
 from typing import Any
 
-import msgspec
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel
-
 from common.openai import (
     ChatCompletionRequest,
     ChatStream,
@@ -32,6 +24,14 @@ from common.protocol import (
     Timings,
     Usage,
 )
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 TIMINGS = Timings(tokenize_ms=0.5, total_ms=30.0, engine=EngineTimings(1.0, 9.0, 18.5))
 TIMING_JSON = {
@@ -313,6 +313,18 @@ def test_answer_that_broke_off() -> None:
         completion_response("r1", completion(), OUTPUTS[:-1])
     with pytest.raises(PipelineError, match="before it was complete"):
         chat_response("r1", chat(), [])
+
+
+def test_cancelled_is_an_error() -> None:
+    """`cancelled` is no finish reason of OpenAI's: an engine that shuts down fails the request."""
+    cancelled = TextOutput(text="half", finish_reason="cancelled")
+    with pytest.raises(PipelineError, match="cancelled"):
+        chat_response("r1", chat(), [cancelled])
+    for chunks in (
+        chat_events(chat(stream=True), [OUTPUTS[0], cancelled]),
+        completion_events(completion(stream=True), [OUTPUTS[0], cancelled]),
+    ):
+        assert chunks[-1]["error"]["code"] == "unavailable"
 
 
 def test_models() -> None:

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 from common.model_files import DEFAULT_MODEL
 from common.protocol import ChatMessage, PipelineError, TokenLogprobs
 from common.text import TextModel, load_text_model
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café 漢字 👩‍👩‍👧", "1 + 1 = 2"] * 3
 

@@ -4,15 +4,15 @@ import ctypes
 import functools
 from itertools import pairwise
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from common.detokenizer import ByteDetokenizer, DecodeStreamDetokenizer, Detokenizer, TokenBytes
 from common.engines.llama_capi import Vocab, library
 from common.model_files import DEFAULT_MODEL, find_model
 from common.text import TextModel, load_text_model
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HARD_TEXTS = [
     "👩‍👩‍👧‍👦 family, 🏳️‍🌈 flag, 👍🏽 skin tone, 🇫🇷 France",

@@ -2,11 +2,11 @@
 
 from itertools import pairwise
 
+from common.stop_strings import StopStrings
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from common.stop_strings import StopStrings
 
 few_letters = st.text(alphabet="abé", max_size=60)
 stops = st.lists(st.text(alphabet="abé", min_size=1, max_size=6), max_size=4)
