@@ -116,7 +116,8 @@ def _invalid_request(model: type[BaseModel], error: ErrorDetails) -> PipelineErr
 def _param(path: tuple[str | int, ...]) -> str:
     """`("messages", 0, "content")` as `messages[0].content`."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in path]
-    return _short("".join(steps).lstrip(".").removesuffix(".[key]"))
+    param = "".join(steps).lstrip(".").removesuffix(".[key]")
+    return _short("".join(c if c.isprintable() else "\ufffd" for c in param))
 
 
 def _short(text: str) -> str:

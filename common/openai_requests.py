@@ -19,6 +19,8 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Label = Annotated[str, Field(min_length=1, max_length=512, pattern="^[^\\x00-\\x1f\\x7f]*$")]
+"""Text that goes to the log, so it must not look like several lines."""
 
 
 def _list_of_stops(stop: Any) -> Any:
@@ -54,7 +56,7 @@ class Nvext(StrictModel):
 class GenerationRequest(StrictModel):
     """What both kinds of request have in common. Absent and null mean the default."""
 
-    model: Annotated[str, Field(min_length=1, description="the id of a model of GET /v1/models")]
+    model: Annotated[Label, Field(description="the id of a model of GET /v1/models")]
     max_tokens: Annotated[
         TokenCount | None, Field(description="an integer from 1; default: what the context holds")
     ] = None
@@ -105,7 +107,7 @@ class GenerationRequest(StrictModel):
         Field(description='{"include_usage": true or false}, only with stream: true'),
     ] = None
     user: Annotated[
-        str | None, Field(max_length=512, description="a label for the server's log")
+        Label | None, Field(description="a label for the server's log, up to 512 characters")
     ] = None
     nvext: Annotated[
         Nvext | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.detokenizer import ByteDetokenizer, DecodeStreamDetokenizer, Detokenizer, TokenBytes
-from common.engines.llama_capi import Vocab
+from common.engines.llama_capi import LlamaCppError, Vocab
 
 import tokenizers
 
@@ -38,7 +38,10 @@ class GgufTokenizer:
     """llama.cpp's own tokenizer, so any GGUF file works and the ids are the engine's."""
 
     def __init__(self, path: Path) -> None:
-        vocab = Vocab(path)
+        try:
+            vocab = Vocab(path)
+        except LlamaCppError as error:
+            raise ValueError(str(error)) from error
         self._vocab = vocab
         self.n_tokens = vocab.n_tokens
         self.chat_template = vocab.chat_template
@@ -71,7 +74,10 @@ class HuggingFaceTokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"the folder {folder} has no tokenizer.json")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library has no exception type of its own
+            raise ValueError(f"cannot read {file}: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         self.n_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token = _token_text(config.get("bos_token"))
@@ -102,7 +108,7 @@ class HuggingFaceTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             raise ValueError(f"token id {token_id} is not in 0..{self.n_tokens - 1}")
-        if self._byte_level:
+        if self._byte_level and _BYTE_OF_CHARACTER.keys() >= set(token):
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         if len(token) == 6 and token.startswith("<0x"):
             return bytes([int(token[3:5], 16)])

@@ -222,6 +222,8 @@ def test_refused_by_name(name: str, value: Any) -> None:
         ({"nvext": {"greed": True}}, "nvext.greed", "extra_fields"),
         ({"model": ""}, "model", "GET /v1/models"),
         ({"model": None}, "model", "GET /v1/models"),
+        ({"model": "m\n2026 INFO forged"}, "model", "GET /v1/models"),
+        ({"user": "al\nice"}, "user", "a label"),
     ],
 )
 def test_bad_values_are_refused_with_the_accepted_ones(
@@ -339,6 +341,13 @@ def test_long_input_is_not_echoed_in_full() -> None:
     info = chat_refusal(temperature="x" * 10_000, **{"y" * 10_000: 1})
     assert len(info.message) < 1000
     assert len(chat_refusal(**{"y" * 10_000: 1}).message) < 1000
+
+
+def test_message_is_one_line_whatever_the_input() -> None:
+    """Messages go to the log, where a client must not be able to forge a line."""
+    info = chat_refusal(**{"a\n2026 INFO forged\x1b[2J": 1})
+    assert info.message.isprintable()
+    assert chat_refusal(temperature="a\nb").message.isprintable()
 
 
 json_values = st.recursive(

@@ -104,6 +104,14 @@ def test_template_override(tmp_path: Path) -> None:
     assert model.render_chat([user("<é>"), user("second")]) == expected
 
 
+def test_template_with_marks_for_training(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}.{% endfor %}"
+    )
+    assert load_text_model(DEFAULT_MODEL, file).render_chat([user("a"), user("b")]) == "a.b."
+
+
 def test_template_that_refuses_the_messages(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("{{ raise_exception('roles must alternate') }}")
@@ -139,6 +147,16 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
         load_text_model(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="absent"):
         load_text_model(str(tmp_path / "absent.gguf"))
+
+
+def test_broken_models_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot read .*tokenizer\.json"):
+        load_text_model(str(tmp_path))
+    gguf = tmp_path / "broken.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ValueError, match=r"broken\.gguf"):
+        load_text_model(str(gguf))
 
 
 def test_logprobs_carry_the_bytes_of_partial_characters(smollm2: TextModel) -> None:
