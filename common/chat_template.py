@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/chat_templating_writing.
 
 import json
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from common.protocol import ChatMessage, PipelineError
 
@@ -76,7 +76,7 @@ class ChatTemplate:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks text for training; here it is only text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class is declared so)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
