@@ -5,11 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import pytest
-
 from common.engines.llama_capi import LlamaCppError, Vocab, check_build, declare, library
 from common.engines.llama_structs import GGML_COMMIT, ContextParams, ModelParams
 from common.model_files import DEFAULT_MODEL, find_model
+
+import pytest
 
 
 @pytest.fixture(scope="module")

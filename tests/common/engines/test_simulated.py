@@ -3,14 +3,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-import pytest
-
 from common.engines.llama_capi import Vocab
 from common.engines.simulated import SimulatedEngine, SimulatedSettings
 from common.kv import KvEvent, block_hashes
 from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
 from tests.common.engines.engine_helpers import FakeContext, collect, replay
+
+import pytest
 
 
 @asynccontextmanager
