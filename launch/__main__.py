@@ -16,7 +16,6 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from common.model_files import find_model
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
 from launch.chapters import Options, components
@@ -54,11 +53,9 @@ async def launch(arguments: argparse.Namespace) -> int:
     failed; 128 + signal number when a signal came before the work was done.
     """
     components(arguments.chapter)
-    if arguments.model is not None:
-        try:
-            find_model(arguments.model)
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"--model: {error}") from error
+    # Read before `common` is imported, which sets the runtime's defaults.
+    named = (os.environ.get("NATS_SERVER"), os.environ.get("ETCD_ENDPOINTS"))
+    _check_model(arguments.model)
     options = Options(
         namespace=arguments.namespace,
         engines=arguments.engines,
@@ -71,7 +68,7 @@ async def launch(arguments: argparse.Namespace) -> int:
         stop = StopSignals(children)
         try:
             async with AsyncExitStack() as stack:
-                environment = await _servers(stack, children)
+                environment = await _servers(stack, children, *named)
                 running = await stack.enter_async_context(
                     pipeline(children, environment, arguments.chapter, options)
                 )
@@ -103,9 +100,21 @@ class StopSignals:
             self._children.kill_all()
 
 
-async def _servers(stack: AsyncExitStack, children: Children) -> dict[str, str]:
-    """Check the servers that the environment names, start the others."""
-    nats_url, etcd_url = os.environ.get("NATS_SERVER"), os.environ.get("ETCD_ENDPOINTS")
+def _check_model(model: str | None) -> None:
+    if model is None:
+        return
+    from common.model_files import find_model
+
+    try:
+        find_model(model)
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"--model: {error}") from error
+
+
+async def _servers(
+    stack: AsyncExitStack, children: Children, nats_url: str | None, etcd_url: str | None
+) -> dict[str, str]:
+    """Check the servers that were named, start the others."""
     if nats_url:
         check_nats(nats_url)
     if etcd_url:

@@ -33,7 +33,7 @@ class Children:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
-        self.folder = Path(tempfile.mkdtemp(prefix="dynamo-pipelines-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
         if len(str(self.folder)) > 90:
             self.folder.rmdir()
             raise LaunchError(

@@ -137,10 +137,12 @@ def check_etcd(urls: str) -> None:
         # The runtime accepts endpoints without a scheme too.
         with_scheme = url.strip() if "://" in url else f"http://{url.strip()}"
         try:
-            # The check is for reachability; the runtime itself verifies certificates.
             answer = httpx.get(
-                f"{with_scheme}/version", timeout=CHECK_TIMEOUT, verify=False, trust_env=False
-            )  # noqa: S501
+                f"{with_scheme}/version",
+                timeout=CHECK_TIMEOUT,
+                trust_env=False,
+                verify=False,  # noqa: S501 - the runtime itself verifies certificates
+            )
             if "etcdserver" in answer.text:
                 return
             problems.append(f"{url}: what listens there is not etcd")

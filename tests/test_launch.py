@@ -1,0 +1,280 @@
+"""The launcher as a person uses it: questions, Ctrl-C, crashes, busy ports, wrong servers."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from launch.chapters import CHAPTERS
+from launch.ports import LOOPBACK, free_port, is_free
+
+import httpx
+import psutil
+import pytest
+
+STATS = re.compile(
+    r"TTFT \d+ ms · \d+\.\d tokens/s · \d+ prompt \+ \d+ completion tokens · worker (\d+)"
+)
+QUESTION = "What is the capital of France?"
+
+
+class Launcher:
+    """A running launcher, what it printed, and what it must not leave behind."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        self.folder = folder
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")
+        }
+        self.stdout_file = folder / "stdout"
+        self.stderr_file = folder / "stderr"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        with self.stdout_file.open("w") as stdout, self.stderr_file.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch", *arguments],
+                env={**inherited, "TMPDIR": str(self.temporary), **environment},
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        self.children: set[psutil.Process] = set()
+
+    @property
+    def stdout(self) -> str:
+        return self.stdout_file.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_file.read_text()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, self.stdout + self.stderr
+            assert self.process.poll() is None, self.stdout + self.stderr
+            time.sleep(0.01)
+        self.children.update(psutil.Process(self.process.pid).children(recursive=True))
+
+    def wait_until_ready(self) -> str:
+        """Wait until it serves; its URL."""
+        self.wait_for(lambda: "Ctrl-C stops everything." in self.stdout)
+        url = re.search(r"OpenAI API: (http://\S+)/v1", self.stdout)
+        assert url
+        return url[1]
+
+    def child(self, text: str) -> psutil.Process:
+        """The child that has `text` in its command line."""
+        (found,) = (
+            child for child in self.children if any(text in part for part in child.cmdline())
+        )
+        return found
+
+    def wait(self, timeout: float = 60) -> int:
+        return self.process.wait(timeout)
+
+    def check_nothing_left(self) -> None:
+        _, alive = psutil.wait_procs(self.children, timeout=10)
+        assert not alive
+        leftover = list(self.temporary.iterdir())
+        assert not leftover
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name: sockets in it have at most 107 bytes for theirs."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def launched(folder: Path, *arguments: str, **environment: str) -> Iterator[Launcher]:
+    """A launcher in a folder of its own; killed in the end, and its children with it."""
+    launcher = Launcher(folder, *arguments, **environment)
+    try:
+        yield launcher
+    finally:
+        launcher.process.kill()
+        launcher.process.wait()
+
+
+SIMULATED = ("chapter1", "--backend", "simulated")
+
+
+def test_asks_and_stops(folder: Path) -> None:
+    with launched(folder, *SIMULATED, "--ask", QUESTION) as launcher:
+        launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
+        assert launcher.wait() == 0, launcher.stderr
+        answer, stats = launcher.stdout.rstrip("\n").rsplit("\n", 1)
+        assert answer
+        match = STATS.fullmatch(stats)
+        assert match, stats
+        assert match[1] == "0"
+        assert "|" not in launcher.stderr, "logs stay hidden while asking"
+        assert "simulated" in launcher.stderr
+        launcher.check_nothing_left()
+
+
+def test_the_real_model_knows_the_capital_of_france(folder: Path) -> None:
+    with launched(folder, "chapter1", "--ask", QUESTION) as launcher:
+        assert launcher.wait() == 0, launcher.stderr
+        assert "Paris" in launcher.stdout
+        assert STATS.search(launcher.stdout)
+
+
+def test_several_questions_and_engines(folder: Path) -> None:
+    asks = [argument for text in ("one", "two", "three") for argument in ("--ask", text)]
+    with launched(folder, *SIMULATED, "--engines", "2", *asks, "--verbose") as launcher:
+        assert launcher.wait() == 0, launcher.stderr
+        assert re.findall(r"^> (.*)$", launcher.stdout, re.MULTILINE) == ["one", "two", "three"]
+        assert len(STATS.findall(launcher.stdout)) == 3
+        assert "   engine1 | " in launcher.stderr
+        assert "starting engine0, engine1, processor, frontend" in launcher.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serves_until_a_signal(folder: Path, number: signal.Signals) -> None:
+    with launched(folder, *SIMULATED) as launcher:
+        url = launcher.wait_until_ready()
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert httpx.get(f"{url}/").status_code == 200
+        launcher.process.send_signal(number)
+        assert launcher.wait() == 0, launcher.stderr
+        assert "warning" not in launcher.stderr
+        assert "  frontend | " in launcher.stderr
+        assert "\033" not in launcher.stderr, "no colours in a file"
+        launcher.check_nothing_left()
+
+
+def test_the_components_stop_before_what_they_call(folder: Path) -> None:
+    with launched(folder, *SIMULATED) as launcher:
+        launcher.wait_until_ready()
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.wait() == 0, launcher.stderr
+        order = re.findall(r"(\w+) \| .*draining", launcher.stderr)
+        assert order == ["frontend", "processor", "engine0"]
+
+
+def test_ctrl_c_before_the_answer(folder: Path) -> None:
+    with launched(folder, *SIMULATED, "--ask", QUESTION) as launcher:
+        launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.wait() == 128 + signal.SIGINT
+        assert "Traceback" not in launcher.stderr
+        launcher.check_nothing_left()
+
+
+def test_ctrl_c_twice_kills(folder: Path) -> None:
+    with launched(folder, *SIMULATED) as launcher:
+        launcher.wait_until_ready()
+        # A component that does not react: the orderly stop would wait for it.
+        launcher.child("chapter1.frontend").suspend()
+        launcher.process.send_signal(signal.SIGINT)
+        launcher.wait_for(lambda: "stopping" in launcher.stderr)
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=10) == 128 + signal.SIGINT
+        launcher.check_nothing_left()
+
+
+@pytest.mark.parametrize("name", ["nats-server", "etcd", "chapter1.engine", "chapter1.frontend"])
+def test_a_crash_of_any_child_stops_everything(folder: Path, name: str) -> None:
+    with launched(folder, *SIMULATED) as launcher:
+        launcher.wait_until_ready()
+        launcher.child(name).kill()
+        assert launcher.wait() == 1
+        assert re.search(r"error: \w+ was killed by SIGKILL; its last lines:", launcher.stderr)
+        launcher.check_nothing_left()
+
+
+def test_a_crash_while_starting_shows_the_last_lines(folder: Path) -> None:
+    with launched(folder, "chapter1", "--ask", QUESTION, DRAIN_TIMEOUT="soon") as launcher:
+        assert launcher.wait() == 1
+        assert re.search(
+            r"error: \w+ exited with status 1; its last lines:\n(?s:.*)could not convert",
+            launcher.stderr,
+        )
+        launcher.check_nothing_left()
+
+
+def test_kill_9_of_the_launcher_leaves_nothing(folder: Path) -> None:
+    with launched(folder, *SIMULATED) as launcher:
+        launcher.wait_until_ready()
+        launcher.process.kill()
+        launcher.wait()
+        launcher.check_nothing_left()
+
+
+def test_busy_default_ports_lead_to_free_ones(folder: Path) -> None:
+    """A foreign program listens on every default port, this test's own or another one."""
+    with ExitStack() as stack:
+        for port in (4222, 2379, 8000):
+            if is_free(port):
+                stack.enter_context(socket.create_server((LOOPBACK, port)))
+        launcher = stack.enter_context(launched(folder, *SIMULATED))
+        url = launcher.wait_until_ready()
+        assert not url.endswith(":8000")
+        assert "port 4222 is taken, so NATS gets a free one" in launcher.stderr
+        assert "port 2379 is taken, so etcd gets a free one" in launcher.stderr
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+def test_an_explicit_port_that_is_taken(folder: Path) -> None:
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        port = str(listener.getsockname()[1])
+        with launched(folder, *SIMULATED, "--port", port) as launcher:
+            assert launcher.wait() == 1
+            assert f"error: --port {port}: another program listens there" in launcher.stderr
+            launcher.check_nothing_left()
+
+
+def test_an_explicit_port_that_is_free(folder: Path) -> None:
+    port = free_port()
+    with launched(folder, *SIMULATED, "--port", str(port)) as launcher:
+        assert launcher.wait_until_ready() == f"http://{LOOPBACK}:{port}"
+
+
+def test_servers_of_the_environment_are_used(
+    folder: Path, servers: dict[str, str], namespace: str
+) -> None:
+    arguments = (*SIMULATED, "--namespace", namespace, "--ask", QUESTION)
+    with launched(folder, *arguments, **servers) as launcher:
+        launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
+        commands = [" ".join(child.cmdline()) for child in launcher.children]
+        assert not [command for command in commands if "nats-server" in command]
+        assert launcher.wait() == 0, launcher.stderr
+        assert STATS.search(launcher.stdout)
+
+
+@pytest.mark.parametrize("variable", ["NATS_SERVER", "ETCD_ENDPOINTS"])
+def test_a_server_of_the_environment_that_does_not_answer(folder: Path, variable: str) -> None:
+    address = f"{LOOPBACK}:{free_port()}"
+    with launched(folder, *SIMULATED, **{variable: address}) as launcher:
+        assert launcher.wait() == 1
+        assert f"error: {variable}={address}: " in launcher.stderr
+        launcher.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["chapter99"], 1, f"the chapters are: {', '.join(CHAPTERS)}"),
+        (["chapter1", "--model", "/no/such.gguf"], 1, "--model: model '/no/such.gguf' is neither"),
+        (["chapter1", "--engines", "0"], 2, "--engines: '0' is not a whole number of at least 1"),
+        (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
+    ],
+)
+def test_wrong_arguments(folder: Path, arguments: list[str], status: int, message: str) -> None:
+    with launched(folder, *arguments) as launcher:
+        assert launcher.wait() == status
+        assert message in launcher.stderr.replace("\n", " ")
+        assert "Traceback" not in launcher.stderr
+        launcher.check_nothing_left()
