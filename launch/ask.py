@@ -12,6 +12,8 @@ import httpx
 
 # The first token may have to wait for a long prompt; connecting to this machine may not.
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)
+# A small model may go on until its context is full.
+MAX_ANSWER_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ async def _stream_answer(
         "model": await _model(client),
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
+        "max_tokens": MAX_ANSWER_TOKENS,
         "stream": True,
         "stream_options": {"include_usage": True},
         "nvext": {"extra_fields": ["worker_id", "timing"]},
