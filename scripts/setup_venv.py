@@ -39,9 +39,9 @@ def main() -> None:
         if stamp_file.exists() and stamp_file.read_text() == stamp:
             return  # another process has just done it
         began = time.monotonic()
-        prepare_venv()
+        prepare_venv(stamp)
         UNFINISHED.touch()
-        for old in VENV.glob(".setup-[bd]*"):
+        for old in stamps():
             old.unlink()
         say("installing the pinned packages; the first time this downloads about 250 MB")
         project = str(ROOT) if extra == "base" else f"{ROOT}[{extra}]"
@@ -61,10 +61,14 @@ def lock_or_wait(lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def prepare_venv() -> None:
+def prepare_venv(stamp: str) -> None:
     """Create .venv if there is none that can be used."""
     if UNFINISHED.exists():
         say("an earlier installation into .venv was interrupted; starting again")
+        shutil.rmtree(VENV)
+    folder = stamp.rsplit(" ", 2)[0]
+    if any(old.read_text().rsplit(" ", 2)[0] != folder for old in stamps()):
+        say("the .venv was made in another folder; starting again")
         shutil.rmtree(VENV)
     if can_install():
         return
@@ -82,6 +86,10 @@ def prepare_venv() -> None:
     )
     if created.returncode != 0:
         sys.exit(f"error: could not create .venv:\n{created.stdout}{created.stderr}")
+
+
+def stamps() -> list[Path]:
+    return [path for path in VENV.glob(".setup-*") if path != UNFINISHED]
 
 
 def can_install() -> bool:
