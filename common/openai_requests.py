@@ -15,6 +15,9 @@ from common.protocol import ChatMessage, ProcessRequest, SamplingParams
 from pydantic import BeforeValidator, Field, model_validator
 
 MAX_TOKEN_ID = 2**31 - 1
+COMPLETION_TOKENS = 16
+"""OpenAI's default limit of POST /v1/completions; a chat has none but the context."""
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -202,7 +205,13 @@ class CompletionRequest(GenerationRequest):
         BeforeValidator(_one_prompt),
         Field(description="a non-empty string or a list of token ids"),
     ]
+    max_tokens: Annotated[
+        TokenCount | None, Field(description=f"an integer from 1; default {COMPLETION_TOKENS}")
+    ] = None
     logprobs: Annotated[int | None, Field(ge=0, le=5, description="an integer from 0 to 5")] = None
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens or COMPLETION_TOKENS
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:

@@ -23,7 +23,7 @@ from common.protocol import (
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import (
     CompletionCreateParamsBase as ChatParams,
@@ -62,8 +62,10 @@ def completion_refusal(**parameters: Any) -> ErrorInfo:
 
 def test_defaults_are_openais() -> None:
     assert chat() == ProcessRequest("m", messages=[ChatMessage("user", "hi")])
-    assert completion() == ProcessRequest("m", prompt="Once")
-    assert chat().sampling.temperature == 1.0
+    assert chat().sampling == SamplingParams(temperature=1.0, max_tokens=None)
+    assert completion() == ProcessRequest(
+        "m", prompt="Once", sampling=SamplingParams(max_tokens=16)
+    )
 
 
 def test_null_means_the_default() -> None:
@@ -363,6 +365,7 @@ names = sorted(
 bodies = st.dictionaries(st.sampled_from(names), json_values) | json_values
 
 
+@settings(deadline=None)
 @given(bodies, st.booleans())
 def test_arbitrary_json_is_parsed_or_refused(body: Any, complete: bool) -> None:
     """Nothing but the one error type leaves the parser, and what it accepts can be sent on."""
@@ -377,6 +380,7 @@ def test_arbitrary_json_is_parsed_or_refused(body: Any, complete: bool) -> None:
         assert msgspec.msgpack.encode(outcome)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_arbitrary_bytes_are_refused(body: bytes) -> None:
     assert refusal(parse_chat, body).message

@@ -27,7 +27,7 @@ from common.protocol import (
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -180,6 +180,7 @@ def test_completion_stream() -> None:
     assert chunks[-1] == "[DONE]"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives_the_stream(text: str) -> None:
     """Quotes, newlines, control characters and line separators neither break nor split events."""

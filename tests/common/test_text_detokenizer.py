@@ -10,7 +10,7 @@ from common.model_files import DEFAULT_MODEL, find_model
 from common.text import TextModel, load_text_model
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -76,6 +76,7 @@ def has_tokens(character: str) -> bool:
 sayable = st.characters(codec="utf-8").filter(has_tokens)
 
 
+@settings(deadline=None)
 @given(st.text(sayable, max_size=200), cuts_in_list)
 def test_any_text_comes_back_whatever_the_pieces(text: str, cuts: list[int]) -> None:
     ids = smollm2().tokenizer.encode(text)
@@ -94,6 +95,7 @@ def test_hard_texts_token_by_token(text: str) -> None:
         delta.encode()  # fails on half a surrogate pair
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 49151), max_size=60), cuts_in_list)
 def test_random_tokens_decode_as_llama_cpp_decodes_the_whole(
     ids: list[int], cuts: list[int]
@@ -104,6 +106,7 @@ def test_random_tokens_decode_as_llama_cpp_decodes_the_whole(
     assert pieces == without_incomplete_end(whole).decode(errors="replace")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.lists(st.integers(0, 40), max_size=6))
 def test_random_bytes_as_tokens(data: bytes, cuts: list[int]) -> None:
     """The same with tokens of one byte each, which reach every broken sequence."""
@@ -156,6 +159,7 @@ def sentencepiece_like() -> Tokenizer:
     return tokenizer
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="the quickñé漢👩\u200d", max_size=40), cuts_in_list)
 def test_decode_stream_for_other_tokenizers(text: str, cuts: list[int]) -> None:
     tokenizer = sentencepiece_like()

@@ -5,7 +5,7 @@ from itertools import pairwise
 from common.stop_strings import StopStrings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 few_letters = st.text(alphabet="abé", max_size=60)
@@ -21,6 +21,7 @@ def naive(text: str, stop: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@settings(deadline=None)
 @given(few_letters, stops, st.lists(st.integers(0, 60), max_size=20))
 def test_equals_the_definition_for_any_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
     stopper = StopStrings(stop)
@@ -36,6 +37,7 @@ def test_equals_the_definition_for_any_pieces(text: str, stop: list[str], cuts: 
     assert (released + stopper.flush(), hit) == (expected, expected_hit)
 
 
+@settings(deadline=None)
 @given(few_letters, stops)
 def test_holds_back_no_more_than_could_begin_a_stop_string(text: str, stop: list[str]) -> None:
     expected, hit = naive(text, stop)
