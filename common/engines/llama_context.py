@@ -35,6 +35,7 @@ class LlamaContext:
         self.cells: int = self.lib.llama_n_ctx(self.handle)
         self._memory = self.lib.llama_get_memory(self.handle)
         self._batch = self.lib.llama_batch_init(size.batch, 0, 1)
+        self._batch_size = size.batch
 
     def _check_kind(self, path: Path) -> None:
         for kind in ("is_recurrent", "is_hybrid", "has_encoder"):
@@ -59,9 +60,15 @@ class LlamaContext:
         return handle
 
     def add(self, token: int, position: int, sequence: int, *, logits: bool) -> int:
-        """Put a token into the next batch and return its index there."""
+        """Put a token into the next batch and return its index there.
+
+        Raises:
+            IndexError: the batch is full.
+        """
         batch = self._batch
         index: int = batch.n_tokens
+        if index == self._batch_size:
+            raise IndexError(f"the batch has all of its {index} tokens")
         batch.token[index] = token
         batch.pos[index] = position
         batch.n_seq_id[index] = 1
@@ -94,6 +101,10 @@ class LlamaContext:
     def remove(self, sequence: int, start: int, end: int) -> None:
         if not self.lib.llama_memory_seq_rm(self._memory, sequence, start, end):
             raise LlamaCppError(f"cannot remove the cells {start}..{end} of sequence {sequence}")
+
+    def clear(self) -> None:
+        """Free all cells of all sequences."""
+        self.lib.llama_memory_clear(self._memory, False)
 
     def positions(self, sequence: int) -> tuple[int, int]:
         """The first and the last position that the sequence has cells for; -1, -1 if none."""

@@ -127,6 +127,12 @@ def schedule(
             f"min_tokens is {sampling.min_tokens}; it must be from 0 to {max_tokens}",
             "min_tokens",
         )
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocab_size:
+        raise PipelineError(
+            "invalid_request",
+            f"logprobs is {sampling.logprobs}; it must be from 0 to {vocab_size}",
+            "logprobs",
+        )
     _check_ids("token_ids", request.token_ids, vocab_size)
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
     _check_ids("logit_bias", [token for token, _ in sampling.logit_bias], vocab_size)

@@ -106,6 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
     cells: int
     block_size: int
     ids: int
+    max_chunk: int = 1000
     memory: WritableMemory
 
     def make_memory(self) -> WritableMemory:
@@ -149,7 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
         """A step for one request: a chunk of its prompt, or a generated token."""
         sequence, prompt = data.draw(st.sampled_from(self.running))
         missing = prompt[len(sequence.tokens) :] or [data.draw(st.integers(0, 1))]
-        chunk = missing[: data.draw(st.integers(1, len(missing)))]
+        chunk = missing[: data.draw(st.integers(1, min(len(missing), self.max_chunk)))]
         if self.cache.reserve(len(chunk)):
             self.memory.write(sequence.id, len(sequence.tokens), chunk)
             self.cache.append(sequence, chunk)

@@ -61,7 +61,9 @@ class WithOneBlockTokens(AgainstFakeMemory):
 
 
 for machine in (AgainstFakeMemory, WithCollidingHashes, WithOneBlockTokens):
-    machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(
+        max_examples=120, stateful_step_count=40, deadline=None, database=None
+    )
 TestAgainstFakeMemory = AgainstFakeMemory.TestCase
 TestWithCollidingHashes = WithCollidingHashes.TestCase
 TestWithOneBlockTokens = WithOneBlockTokens.TestCase
