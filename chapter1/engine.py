@@ -30,31 +30,40 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         engine = await start_engine(args)
     except (OSError, ValueError) as error:
         raise ComponentError(str(error)) from error
-    log.info("%s", engine.info)
+    info = engine.info
+    size = f"context {info.context_length} tokens, {info.total_blocks} blocks of {info.block_size}"
+    log.info("%s on %s: %s", info.model, info.backend, size)
     pace = Pace()
 
     async def generate(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         log = request_log(context.id())
+        tokens, reason = 0, "cancelled"
         try:
             generate_request = from_wire(request, GenerateRequest)
             log.debug("prompt of %d tokens", len(generate_request.token_ids))
             outputs = engine.generate(generate_request, context)
             async with aclosing(gather_ready(outputs, pace)) as batches:
                 async for ready in batches:
-                    yield to_wire(merge_outputs(ready))
+                    output = merge_outputs(ready)
+                    tokens += len(output.token_ids)
+                    reason = output.finish_reason or reason
+                    yield to_wire(output)
         except PipelineError as error:
             log.warning("refused: %s", error)
+            reason = error.info.kind
             yield to_wire(EngineOutput(error=error.info))
+        finally:
+            log.debug("ended: %s after %d tokens", reason, tokens)
 
-    async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
-        yield to_wire(engine.info)
+    async def engine_info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        yield to_wire(info)
 
     try:
         await life.serve(
             runtime,
             {
                 f"{args.namespace}.engine.generate": generate,
-                f"{args.namespace}.engine.info": info,
+                f"{args.namespace}.engine.info": engine_info,
             },
             failed=engine.failed,
         )

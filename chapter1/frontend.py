@@ -15,7 +15,7 @@ from typing import Any
 
 from common.answer import Answer, json_error
 from common.frontend_metrics import FrontendMetrics
-from common.http import http_server, read_body
+from common.http import http_server, no_route, read_body, unexpected_error
 from common.openai import (
     ChatCompletionRequest,
     ChatStream,
@@ -43,6 +43,7 @@ import msgspec
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 PAGE = importlib.resources.files("common").joinpath("static/index.html")
 
@@ -55,7 +56,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def chat_completions(request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """OpenAI's request in, OpenAI's chunks out, for callers inside the pipeline."""
         try:
-            chat = parse_chat(msgspec.json.encode({**request, "stream": True}))
+            body = {**request, "stream": True} if isinstance(request, dict) else request
+            chat = parse_chat(msgspec.json.encode(body))
             events = ChatStream(context.id() or uuid.uuid4().hex, chat)
             async for output in ask_processor(processor, to_process_request(chat), context):
                 for event in events.chunk(output).split(b"\n\n"):
@@ -85,7 +87,11 @@ def build_app(
     processor: Client, processor_info: Client, life: Lifecycle, args: argparse.Namespace
 ) -> FastAPI:
     """The HTTP API on top of the processor's endpoints."""
-    app = FastAPI(title="Dynamo pipelines, chapter 1", version="1")
+    app = FastAPI(
+        title="Dynamo pipelines, chapter 1",
+        version="1",
+        exception_handlers={HTTPException: no_route, Exception: unexpected_error},
+    )
     metrics = FrontendMetrics()
     started = int(time.time())
 

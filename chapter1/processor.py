@@ -46,9 +46,13 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         log = request_log(context.id())
         try:
             async for output in answer(from_wire(request, ProcessRequest), context):
+                if output.usage is not None:
+                    log.debug("%s after %s", output.finish_reason, output.usage)
                 yield to_wire(output)
         except PipelineError as error:
             log.warning("failed: %s", error)
+            if error.info.param == "token_ids":  # the engine's name for what the client sent
+                error.info.param = "messages" if request.get("messages") else "prompt"
             yield to_wire(TextOutput(error=error.info))
 
     async def answer(request: ProcessRequest, context: Context) -> AsyncGenerator[TextOutput, None]:

@@ -3,10 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from dynamo.runtime import Context
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
-
 from common.frontend_metrics import RequestMetrics
 from common.http import client_gone
 from common.openai import (
@@ -20,6 +16,10 @@ from common.openai import (
 )
 from common.protocol import ErrorInfo, PipelineError, TextOutput
 from common.telemetry import request_log
+
+from dynamo.runtime import Context
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 RETRY_AFTER_S = 1
 

@@ -5,11 +5,14 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 
-import uvicorn
-from starlette.requests import Request
-from starlette.types import ASGIApp, Receive
+from common.openai import error_response
+from common.protocol import ErrorInfo, PipelineError
 
-from common.protocol import PipelineError
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive
 
 
 class _Server(uvicorn.Server):
@@ -55,7 +58,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body.
 
     Raises:
-        PipelineError: kind `too_large`, as soon as more than `limit` bytes are known to come.
+        PipelineError: kind `too_large`, as soon as more than `limit` bytes are known to come;
+            kind `invalid_request`, when the client leaves before the end.
     """
     too_large = PipelineError("too_large", f"The request body is over the limit of {limit} bytes.")
     declared = request.headers.get("content-length", "")
@@ -63,11 +67,15 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise too_large
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect as error:
+        message = "The client left before the whole request had come."
+        raise PipelineError("invalid_request", message) from error
     return b"".join(parts)
 
 
@@ -75,3 +83,17 @@ async def client_gone(receive: Receive) -> None:
     """Return when the client has closed the connection; call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def no_route(request: Request, error: Exception) -> Response:
+    """An exception handler: a path or method that does not exist, in OpenAI's error shape."""
+    assert isinstance(error, HTTPException)  # noqa: S101 (what it is registered for)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    _, body = error_response(ErrorInfo("invalid_request", message))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def unexpected_error(request: Request, error: Exception) -> Response:
+    """An exception handler: a fault of the server, in OpenAI's error shape."""
+    status, body = error_response(ErrorInfo("internal", f"Unexpected {type(error).__name__}."))
+    return JSONResponse(body, status)

@@ -37,6 +37,7 @@ def setup_logging(component: str, level: str, *, json: bool) -> None:
         )
     else:
         handler.setFormatter(_ReadableFormatter(component))
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # our own lines say as much
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

@@ -71,7 +71,7 @@ class Lifecycle:
         """
         endpoints = [runtime.endpoint(path) for path in handlers]
         served: list[asyncio.Future[None]] = [
-            asyncio.ensure_future(endpoint.serve_endpoint(handler))
+            asyncio.ensure_future(endpoint.serve_endpoint(_closed_on_its_loop(handler)))
             for endpoint, handler in zip(endpoints, handlers.values(), strict=True)
         ]
         clients = [await endpoint.client() for endpoint in endpoints]
@@ -117,6 +117,31 @@ class Lifecycle:
                 await asyncio.gather(*served)
         except TimeoutError:
             log.warning("drain took longer than %g s; giving up", self.drain_timeout_s)
+
+
+class _Items:
+    """The items of a handler; closes the handler's generator on the event loop when dropped.
+
+    The runtime takes the items from a thread of its own and drops a stream that nobody reads
+    any more. A generator that was begun in a thread without an event loop cannot `await` in a
+    `finally` then; begun in a coroutine, it is closed by its event loop.
+    """
+
+    def __init__(self, generator: AsyncGenerator[Any, None]) -> None:
+        self._generator = generator
+
+    def __aiter__(self) -> "_Items":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._generator)
+
+
+def _closed_on_its_loop(handler: Handler) -> Callable[[Any, Context], _Items]:
+    def start(request: Any, context: Context) -> _Items:
+        return _Items(handler(request, context))
+
+    return start
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
