@@ -1,0 +1,75 @@
+"""Other components of the pipeline reach the chat as `frontend.chat_completions`."""
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+from launch.pipeline import Pipeline
+from tests.chapter1.helpers import chat, engine_ended, eventually, lines_about
+
+import pytest
+from openai.types.chat import ChatCompletionChunk
+
+
+async def call(running: Pipeline, request: Any, *options: str) -> list[dict[str, Any]]:
+    """The chunks that a component gets for `request`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.chapter1.endpoint_caller"),
+        *(running.namespace, json.dumps(request), *options),
+        env={**os.environ, **running.environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), timeout=30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, errors.decode()
+    return [json.loads(line) for line in output.splitlines()]
+
+
+async def test_a_chat(shared_pipeline: Pipeline) -> None:
+    """OpenAI's request in, OpenAI's chunks out, with the caller's request id in every log."""
+    request = chat(max_tokens=5, stream_options={"include_usage": True}, stream=True)
+    chunks = await call(shared_pipeline, request)
+    parsed = [ChatCompletionChunk.model_validate(chunk) for chunk in chunks]
+    assert "".join(c.choices[0].delta.content or "" for c in parsed if c.choices)
+    assert parsed[-2].choices[0].finish_reason == "length"
+    assert parsed[-1].usage is not None
+    assert parsed[-1].usage.completion_tokens == 5
+    for name in ("processor", "engine0"):
+        assert lines_about(shared_pipeline.processes[name], "[called-by-runtime]")
+
+
+async def test_a_caller_that_cancels(shared_pipeline: Pipeline) -> None:
+    engine = shared_pipeline.processes["engine0"]
+    engine.log.clear()
+    await call(shared_pipeline, chat("long", max_tokens=2000), "3")
+    await eventually(lambda: engine_ended(engine, "called-by-runtime"))
+    ended = engine_ended(engine, "called-by-runtime")
+    assert ended is not None
+    assert ended[0] == "cancelled"
+    assert ended[1] < 500
+
+
+@pytest.mark.parametrize(
+    ("request_body", "param"),
+    [
+        (chat(n=3), "n"),
+        ({**chat(), "model": "gpt-9"}, "model"),
+        ({}, "model"),
+        ("text", None),
+        (None, None),
+    ],
+)
+async def test_errors_have_openais_shape(
+    shared_pipeline: Pipeline, request_body: Any, param: str | None
+) -> None:
+    (error,) = await call(shared_pipeline, request_body)
+    assert error.keys() == {"error"}
+    assert error["error"]["type"] == "invalid_request_error"
+    assert error["error"]["param"] == param
