@@ -44,6 +44,10 @@ def main() -> int:
     except LaunchError as error:
         say(f"error: {error}")
         return 1
+    except BrokenPipeError:
+        # Nobody reads the answer any more; without this, the flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 async def launch(arguments: argparse.Namespace) -> int:

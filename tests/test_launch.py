@@ -25,16 +25,20 @@ STATS = re.compile(
 QUESTION = "What is the capital of France?"
 
 
+def user_environment() -> dict[str, str]:
+    """The environment without the defaults that `common` has set in this process."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DYN_", "ETCD_", "NATS_"))
+    }
+
+
 class Launcher:
     """A running launcher, what it printed, and what it must not leave behind."""
 
     def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.folder = folder
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")
-        }
         self.stdout_file = folder / "stdout"
         self.stderr_file = folder / "stderr"
         self.temporary = folder / "tmp"
@@ -42,7 +46,7 @@ class Launcher:
         with self.stdout_file.open("w") as stdout, self.stderr_file.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launch", *arguments],
-                env={**inherited, "TMPDIR": str(self.temporary), **environment},
+                env={**user_environment(), "TMPDIR": str(self.temporary), **environment},
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
@@ -122,6 +126,24 @@ def test_asks_and_stops(folder: Path) -> None:
         assert "|" not in launcher.stderr, "logs stay hidden while asking"
         assert "simulated" in launcher.stderr
         launcher.check_nothing_left()
+
+
+def test_nobody_reads_the_answer(folder: Path) -> None:
+    """`scripts/run … | head -c 1` ends quietly, and everything with it."""
+    command = [sys.executable, "-m", "launch", *SIMULATED, "--ask", QUESTION]
+    environment = {**user_environment(), "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        messages = process.stderr.read()
+    assert process.returncode == 1
+    assert "ready in" in messages
+    assert "Traceback" not in messages
+    assert "BrokenPipe" not in messages
+    assert not list(folder.iterdir())
 
 
 def test_the_real_model_knows_the_capital_of_france(folder: Path) -> None:
