@@ -20,9 +20,10 @@ class LlamaMemory:
     def __init__(self, context: LlamaContext) -> None:
         self.context = context
         context.clear()
-        self.empty = context.state_bytes(0)
         self.write(0, 0, [0])
-        self.per_cell = context.state_bytes(0) - self.empty
+        self.one_cell = context.state_bytes(0)
+        self.write(0, 1, [0])
+        self.per_cell = context.state_bytes(0) - self.one_cell
         context.clear()
 
     def share(self, source: int, target: int, start: int, end: int) -> None:
@@ -39,8 +40,9 @@ class LlamaMemory:
     def check(self, sequence: int, tokens: list[int]) -> None:
         ends = (0, len(tokens) - 1) if tokens else (-1, -1)
         assert self.context.positions(sequence) == ends
-        size = self.context.state_bytes(sequence) - self.empty
-        assert size == self.per_cell * len(tokens)
+        if tokens:
+            extra = self.context.state_bytes(sequence) - self.one_cell
+            assert extra == self.per_cell * (len(tokens) - 1)
 
     def used_cells(self) -> int | None:
         return None

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -106,16 +105,16 @@ async def test_a_cached_prefix_does_not_change_the_answer(
     assert cold.logprobs[0].logprob == pytest.approx(warm.logprobs[0].logprob, abs=0.1)
 
 
-async def test_requests_in_one_batch_do_not_mix(
-    engine: LlamaCppEngine, chat: Chat, text: Text
-) -> None:
-    capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid"}
-    questions = [chat(f"What is the capital of {country}?") for country in capitals]
-    answers = await asyncio.gather(
-        *(collect(engine, question, temperature=0, max_tokens=12) for question in questions)
-    )
-    for city, answer in zip(capitals.values(), answers, strict=True):
-        assert city in text(answer)
+async def test_requests_in_one_batch_do_not_mix(engine: LlamaCppEngine, chat: Chat) -> None:
+    """Each answer begins as it does alone, up to what the shape of the batch changes."""
+    prompts = [chat(f"What is the capital of {name}?") for name in ("France", "Japan", "Peru")]
+    sampling = {"temperature": 0, "max_tokens": 4, "logprobs": 0, "ignore_eos": True}
+    alone = [await collect(engine, prompt, **sampling) for prompt in prompts]
+    together = await asyncio.gather(*(collect(engine, prompt, **sampling) for prompt in prompts))
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids[0] == other.token_ids[0]
+        assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=0.2)
+    assert len({tuple(result.token_ids) for result in together}) == 3
 
 
 async def test_a_seed_makes_an_answer_reproducible(engine: LlamaCppEngine, chat: Chat) -> None:
@@ -135,32 +134,6 @@ async def test_a_filter_that_leaves_one_token_is_greedy(
     greedy = await collect(engine, prompt, temperature=0, max_tokens=8)
     filtered = await collect(engine, prompt, temperature=2.0, max_tokens=8, **sampling)
     assert filtered.token_ids == greedy.token_ids
-
-
-async def test_tokens_are_drawn_as_often_as_the_model_says(
-    engine: LlamaCppEngine, chat: Chat
-) -> None:
-    """Also that temperature 0.5 squares the probabilities before they are drawn from."""
-    prompt = chat("Tell me a story.")
-    greedy = await collect(engine, prompt, temperature=0, max_tokens=1, logprobs=2000)
-    probabilities = {token: math.exp(p) for token, p in greedy.logprobs[0].top}
-    squared = sum(p * p for p in probabilities.values())
-    best = greedy.token_ids[0]
-    draws = 400
-    for temperature, expected in (
-        (1.0, probabilities[best]),
-        (0.5, probabilities[best] ** 2 / squared),
-    ):
-        results = await asyncio.gather(
-            *(
-                collect(engine, prompt, temperature=temperature, max_tokens=1, seed=seed)
-                for seed in range(draws // 4)
-                for _ in range(1)
-            )
-        )
-        share = Counter(result.token_ids[0] for result in results)[best] / len(results)
-        sigma = math.sqrt(expected * (1 - expected) / len(results))
-        assert abs(share - expected) < 4.5 * sigma + 0.02
 
 
 async def test_max_tokens_ends_with_length(engine: LlamaCppEngine, chat: Chat) -> None:
@@ -225,18 +198,6 @@ async def test_logprobs_are_of_the_models_own_distribution(
     assert chosen_only.logprobs[0].top == []
     everything = await collect(engine, prompt, temperature=0, max_tokens=1, logprobs=49152)
     assert sum(math.exp(p) for _, p in everything.logprobs[0].top) == pytest.approx(1, abs=1e-3)
-
-
-async def test_penalties_stop_repetition(engine: LlamaCppEngine, vocab: Vocab) -> None:
-    prompt = vocab.encode("la la la la la la la la la la la la la la")
-    plain = await collect(engine, prompt, temperature=0, max_tokens=12, ignore_eos=True)
-    assert len(set(plain.token_ids)) == 1
-    for penalty in ("frequency_penalty", "presence_penalty"):
-        sampling: dict[str, Any] = {penalty: 2.0, "logit_bias": [(plain.token_ids[0], -3.0)]}
-        penalised = await collect(
-            engine, prompt, temperature=0, max_tokens=12, ignore_eos=True, **sampling
-        )
-        assert len(set(penalised.token_ids)) > 1
 
 
 async def test_a_slow_reader_gets_all_that_is_ready_as_one_item(
@@ -313,24 +274,24 @@ async def test_a_waiting_request_can_be_cancelled() -> None:
 
 
 async def test_too_small_a_pool_loses_nothing_and_answers_nothing_twice() -> None:
-    """Eight requests of up to 130 tokens on 256 cells, with equal prefixes and preemption."""
+    """Six requests of 100 tokens on 256 cells, with equal prefixes and preemption."""
     events: list[KvEvent] = []
     async with running() as engine:
         engine.subscribe(events.extend)
-        prompts = [[1000 + n % 2] * 40 + [2000 + n] * 10 for n in range(8)]
+        prompts = [[1000 + n % 2] * 40 + [2000 + n] * 10 for n in range(6)]
         results = await asyncio.gather(
             *(
-                collect(engine, prompt, max_tokens=80, ignore_eos=True, temperature=0)
+                collect(engine, prompt, max_tokens=50, ignore_eos=True, temperature=0)
                 for prompt in prompts
             )
         )
-        assert [len(result.token_ids) for result in results] == [80] * 8
+        assert [len(result.token_ids) for result in results] == [50] * 6
         assert {result.finish_reason for result in results} == {"length"}
         for result in results:
             assert sum(item.worker_id is not None for item in result.items) == 1
         metrics = engine.metrics()
         assert (metrics.running, metrics.waiting, metrics.used_blocks) == (0, 0, 0)
-        assert metrics.output_tokens == 640
+        assert metrics.output_tokens == 300
         assert replay(events) == set(engine._cache.index)
         assert any(isinstance(event, BlockRemoved) for event in events)
         await engine.clear_cache()
