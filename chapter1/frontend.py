@@ -29,6 +29,7 @@ from common.openai import (
 )
 from common.protocol import (
     EngineInfo,
+    InfoOutput,
     PipelineError,
     ProcessRequest,
     TextOutput,
@@ -195,13 +196,14 @@ async def engine_info(processor_info: Client, *, wait: bool = False) -> EngineIn
         if wait:
             await processor_info.wait_for_instances()
         stream = await processor_info.round_robin({"wait": wait}, annotated=False)
-        async for item in stream:
-            return from_wire(item, EngineInfo)
-    except PipelineError:
-        raise
+        replies = [from_wire(item, InfoOutput) async for item in stream]
     except Exception as error:
         raise PipelineError.of(hop_error(error, "processor")) from error
-    raise PipelineError("unavailable", "The processor gave no answer.")
+    if replies and replies[0].error is not None:
+        raise PipelineError.of(replies[0].error)
+    if not replies or replies[0].engine is None:
+        raise PipelineError("unavailable", "The processor gave no answer.")
+    return replies[0].engine
 
 
 def parse_args() -> argparse.Namespace:

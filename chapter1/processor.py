@@ -18,6 +18,7 @@ from common.protocol import (
     EngineInfo,
     EngineOutput,
     GenerateRequest,
+    InfoOutput,
     PipelineError,
     ProcessRequest,
     TextOutput,
@@ -25,7 +26,7 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
-from common.telemetry import request_log
+from common.telemetry import log, request_log
 from common.text import TextModel, load_text_model
 from common.text_stream import TextStream
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
@@ -60,7 +61,13 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         started = time.perf_counter()
         prompt = tokenize(model, request)
         generate = to_wire(GenerateRequest(prompt, request.sampling))
-        text = TextStream(model, request.stop, prompt_tokens=len(prompt), started=started)
+        text = TextStream(
+            model,
+            request.stop,
+            min_tokens=request.sampling.min_tokens,
+            prompt_tokens=len(prompt),
+            started=started,
+        )
         # Passing our context on is what carries a cancellation to the engine. To end the engine's
         # work at a stop string, and not our own answer with it, takes a context of its own.
         engine_context = context.detached(context.id()) if request.stop else context
@@ -79,6 +86,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         except PipelineError:
             raise
         except Exception as error:
+            if finished:
+                log.warning("after the answer's end: %s", error)
+                return
             raise PipelineError.of(hop_error(error, "engine")) from error
         finally:
             if linked is not None:
@@ -87,9 +97,13 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             raise PipelineError("unavailable", "The engine ended the stream too early.")
 
     async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
-        if request.get("wait"):
-            await engine_info.wait_for_instances()
-        yield await ask_engine(engine_info, context)
+        try:
+            if request.get("wait"):
+                await engine_info.wait_for_instances()
+            reply = InfoOutput(engine=await ask_engine(engine_info, context))
+        except PipelineError as error:
+            reply = InfoOutput(error=error.info)
+        yield to_wire(reply)
 
     await life.serve(
         runtime,
@@ -124,12 +138,16 @@ async def link(parent: Context, child: Context) -> None:
     child.stop_generating()
 
 
-async def ask_engine(client: Client, context: Context) -> dict[str, Any]:
-    """One engine's `EngineInfo`."""
-    stream = await client.round_robin({}, annotated=False, context=context)
-    async for item in stream:
-        return to_wire(from_wire(item, EngineInfo))
-    raise PipelineError("unavailable", "The engine gave no answer.")
+async def ask_engine(client: Client, context: Context) -> EngineInfo:
+    """What an engine says about itself."""
+    try:
+        stream = await client.round_robin({}, annotated=False, context=context)
+        infos = [from_wire(item, EngineInfo) async for item in stream]
+    except Exception as error:
+        raise PipelineError.of(hop_error(error, "engine")) from error
+    if not infos:
+        raise PipelineError("unavailable", "The engine gave no answer.")
+    return infos[0]
 
 
 def parse_args() -> argparse.Namespace:

@@ -137,6 +137,13 @@ class EngineInfo(msgspec.Struct, omit_defaults=True):
     simulated: bool = False
 
 
+class InfoOutput(msgspec.Struct, omit_defaults=True):
+    """The answer of `processor.info`: what the engine behind it is, or why that is not known."""
+
+    engine: EngineInfo | None = None
+    error: ErrorInfo | None = None
+
+
 class EngineMetrics(msgspec.Struct, omit_defaults=True):
     """An engine's load at one moment; counters run since its start."""
 

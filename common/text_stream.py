@@ -14,14 +14,25 @@ from common.text import StopStrings, TextModel
 
 
 class TextStream:
-    """One answer; `started` is the `time.perf_counter()` at which the processor got the request."""
+    """One answer.
+
+    Stop strings are looked for in the text after the first `min_tokens` tokens. `started` is
+    the `time.perf_counter()` at which the processor got the request.
+    """
 
     def __init__(
-        self, model: TextModel, stop: list[str], *, prompt_tokens: int, started: float
+        self,
+        model: TextModel,
+        stop: list[str],
+        *,
+        min_tokens: int,
+        prompt_tokens: int,
+        started: float,
     ) -> None:
         self._model = model
         self._detokenizer = model.detokenizer()
         self._stop = StopStrings(stop) if stop else None
+        self._min_tokens = min_tokens
         self._started = started
         self._tokenize_ms = _ms_since(started)
         self._usage = Usage(prompt_tokens, 0)
@@ -62,7 +73,9 @@ class TextStream:
             return self._detokenizer.push(token_ids), len(token_ids), False
         shown = ""
         for used, token_id in enumerate(token_ids, 1):
-            piece, hit = self._stop.push(self._detokenizer.push([token_id]))
+            piece, hit = self._detokenizer.push([token_id]), False
+            if self._usage.completion_tokens + used > self._min_tokens:
+                piece, hit = self._stop.push(piece)
             shown += piece
             if hit:
                 return shown, used, True
