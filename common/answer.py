@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 RETRY_AFTER_S = 1
+STREAM_END_S = 1.0
 
 
 class Answer(Response):
@@ -57,6 +58,9 @@ class Answer(Response):
                 status, error_kind = sending.result()
             else:
                 request_log(self.request_id).info("the client is gone; cancelled")
+                self.context.stop_generating()
+                # The stream ends by itself now; to drop it would look like a broken instance.
+                await asyncio.wait([sending], timeout=STREAM_END_S)
         finally:
             self.context.stop_generating()
             self.metrics.end(status, error_kind)
@@ -72,7 +76,7 @@ class Answer(Response):
                 return 200, await self._send_events(first, send)
             response = self._document([first, *[output async for output in self.outputs]])
         except PipelineError as error:
-            request_log(self.request_id).warning("failed: %s", error)
+            self._log_failure("failed", error)
             response = json_error(error.info, self.request_id)
             await response(scope, receive, send)
             return response.status_code, error.info.kind
@@ -99,10 +103,14 @@ class Answer(Response):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 output = await anext(self.outputs)
         except PipelineError as error:
-            request_log(self.request_id).warning("broke off: %s", error)
+            self._log_failure("broke off", error)
             output, error_kind = TextOutput(error=error.info), error.info.kind
         await send({"type": "http.response.body", "body": events.chunk(output)})
         return error_kind
+
+    def _log_failure(self, what: str, error: PipelineError) -> None:
+        if not self.context.is_stopped():  # else it is the client that broke off
+            request_log(self.request_id).warning("%s: %s", what, error)
 
     def _document(self, outputs: list[TextOutput]) -> Response:
         if isinstance(self.request, ChatCompletionRequest):
