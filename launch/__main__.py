@@ -22,7 +22,7 @@ from launch.chapters import Options, components
 from launch.child import ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
-from launch.output import LogPrinter
+from launch.output import LogPrinter, say
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import http_port, is_free
 from launch.servers import (
@@ -97,8 +97,8 @@ class StopSignals:
 
     def _on_signal(self, number: int) -> None:
         if not self.first.done():
-            say("stopping … (Ctrl-C again kills)")
             self.first.set_result(number)
+            say("stopping … (Ctrl-C again kills)")
         else:
             self.killed = True
             self._children.kill_all()
@@ -175,7 +175,7 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
         print(f"Chat page:  {running.url}/")
         print(f"OpenAI API: {running.url}/v1")
         print("Ctrl-C stops everything.", flush=True)
-        await asyncio.Event().wait()
+        await asyncio.get_running_loop().create_future()  # until it is cancelled
     for question in arguments.ask:
         if len(arguments.ask) > 1:
             print(f"> {question}", flush=True)
@@ -192,10 +192,6 @@ def _check_stopped(running: Pipeline) -> int:
             say(f"warning: while stopping, {child.failure()}")
             status = 1
     return status
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--port",
         metavar="N",
-        type=_positive,
+        type=_port,
         help=f"HTTP port (default: {HTTP_PORT}, or a free one if that is taken)",
     )
     parser.add_argument(
@@ -59,4 +59,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number (1 to 65535)")
     return int(text)

@@ -29,7 +29,7 @@ class Children:
 
     def __init__(self, on_line: OnLine | None = None) -> None:
         self.on_line: OnLine = on_line or (lambda name, line: None)
-        self.failed: Future[Child] = new_future()
+        self.failed: Future[ChildFailedError] = new_future()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -82,7 +82,7 @@ class Children:
     async def first_failure(self) -> ChildFailedError:
         """Wait until a child ends that nobody stopped."""
         await wait_first([self.failed])
-        return self.failed.result().failure()
+        return self.failed.result()
 
     def kill_all(self) -> None:
         """SIGKILL to every child; does not wait."""
@@ -105,4 +105,4 @@ class Children:
     def on_failure(self, child: Child) -> None:
         with self._lock:
             if not self.failed.done():
-                self.failed.set_result(child)
+                self.failed.set_result(child.failure())

@@ -1,5 +1,6 @@
-"""The children's log lines on the terminal."""
+"""Progress and the children's log lines, on standard error."""
 
+import contextlib
 import itertools
 import os
 import sys
@@ -10,6 +11,13 @@ COLOURS = ("36", "32", "33", "35", "34", "31", "96", "92")
 # The runtime writes a line per request and hop whatever its log level; NATS tells its life at
 # start, and etcd that its own proxy tried before it listened.
 ROUTINE_LINES = ("route request completed", "request_span", "[INF]", "[core] grpc:")
+
+
+def say(text: str) -> None:
+    """Print a line on standard error; nothing if whoever read it is gone."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 class LogPrinter:
@@ -32,5 +40,4 @@ class LogPrinter:
                 if name not in self._colours:
                     self._colours[name] = next(self._next_colour)
                 prefix = f"\033[{self._colours[name]}m{prefix}\033[0m"
-            sys.stderr.write(f"{prefix}{line}\n")
-            sys.stderr.flush()
+            say(f"{prefix}{line}")

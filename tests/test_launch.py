@@ -146,6 +146,23 @@ def test_nobody_reads_the_answer(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
+def test_nobody_reads_the_logs(folder: Path) -> None:
+    """`scripts/run … 2>&1 | head` must not hang when it is to stop."""
+    command = [sys.executable, "-m", "launch", *SIMULATED, "--verbose"]
+    environment = {**user_environment(), "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        while "Ctrl-C" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    assert not list(folder.iterdir())
+
+
 def test_the_real_model_knows_the_capital_of_france(folder: Path) -> None:
     with launched(folder, "chapter1", "--ask", QUESTION) as launcher:
         assert launcher.wait() == 0, launcher.stderr
@@ -291,6 +308,7 @@ def test_a_server_of_the_environment_that_does_not_answer(folder: Path, variable
         (["chapter99"], 1, f"the chapters are: {', '.join(CHAPTERS)}"),
         (["chapter1", "--model", "/no/such.gguf"], 1, "--model: model '/no/such.gguf' is neither"),
         (["chapter1", "--engines", "0"], 2, "--engines: '0' is not a whole number of at least 1"),
+        (["chapter1", "--port", "65536"], 2, "--port: '65536' is not a port number"),
         (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
     ],
 )

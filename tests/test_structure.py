@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,3 +220,21 @@ def test_chapter_diff_names_the_chapters_that_exist() -> None:
     )
     assert result.returncode == 2
     assert "there is no chapter99; there are: chapter1" in result.stderr
+
+
+def test_chapter_diff_shows_the_lesson_alone(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "chapter_diff", tmp_path / "scripts")
+    for number, line in ((1, "one"), (2, "two")):
+        folder = tmp_path / f"chapter{number}"
+        folder.mkdir()
+        (folder / "engine.py").write_text(
+            f'"""Chapter {number}."""\nimport chapter{number}\n{line}\n'
+        )
+    (tmp_path / "chapter2" / "router.py").write_text("new\n")
+    result = subprocess.run(
+        [tmp_path / "scripts" / "chapter_diff", "1", "2"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    changes = [line for line in result.stdout.splitlines() if re.match(r"[-+](?![-+])", line)]
+    assert changes == ["-one", "+two", "+new"]
