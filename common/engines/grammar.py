@@ -1,6 +1,7 @@
 """JSON schemas as token masks, by llguidance."""
 
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.engines.llama_capi import Vocab
@@ -39,12 +40,16 @@ class _Tokenizer:
 
 
 class GrammarCompiler:
-    """Compiles JSON schemas for one vocabulary; takes up to seconds and is thread-safe."""
+    """Compiles JSON schemas for the vocabulary of a model file; thread-safe until `close`.
 
-    def __init__(self, vocab: Vocab) -> None:
-        self._vocab = vocab
-        self._lock = threading.Lock()
+    A compilation can take seconds, and the first one loads the vocabulary.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self._vocab: Vocab | None = None
         self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
 
     def compile(self, json_schema: str) -> LLMatcher:
         """A matcher at the start of a document that the schema allows.
@@ -64,9 +69,15 @@ class GrammarCompiler:
     def _load_tokenizer(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
+                self._vocab = Vocab(self._model)
                 wrapper = TokenizerWrapper(_Tokenizer(self._vocab))
                 self._tokenizer = LLTokenizer(wrapper, eos_token=sorted(self._vocab.eog_ids))
             return self._tokenizer
+
+    def close(self) -> None:
+        """Free the vocabulary; no matcher may be used after."""
+        if self._vocab is not None:
+            self._vocab.close()
 
 
 def _bad_schema(reason: str) -> PipelineError:

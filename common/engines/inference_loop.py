@@ -25,15 +25,16 @@ class Delivery:
 class InferenceLoop(threading.Thread):
     """Runs until `stop` or the first failure.
 
-    `load` is called first and makes the context and the scheduler; `deliver` takes all that
-    one step has produced; `ended` comes last, with the exception if it was a failure. All of
-    them are called on this thread.
+    `load` makes the context and the scheduler, `loaded` says that they are ready, `deliver`
+    takes all that one step has produced, and `ended` comes last, with the exception if there
+    was a failure. All of them are called on this thread.
     """
 
     def __init__(
         self,
         worker_id: int,
         load: Callable[[], tuple[LlamaContext, Scheduler]],
+        loaded: Callable[[], None],
         deliver: Callable[[list[Delivery]], None],
         ended: Callable[[BaseException | None], None],
     ) -> None:
@@ -41,6 +42,7 @@ class InferenceLoop(threading.Thread):
         self.metrics = EngineMetrics(running=0, waiting=0, used_blocks=0, total_blocks=0)
         self._worker_id = worker_id
         self._load = load
+        self._loaded = loaded
         self._deliver = deliver
         self._ended = ended
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -68,6 +70,8 @@ class InferenceLoop(threading.Thread):
         failure: BaseException | None = None
         try:
             self._context, self._scheduler = self._load()
+            self.metrics = self._scheduler.metrics()
+            self._loaded()
             try:
                 while self._take_commands():
                     self._step()

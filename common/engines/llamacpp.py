@@ -2,23 +2,21 @@
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Self
 
 from common.engines.base import RequestContext
 from common.engines.block_cache import BlockCache
 from common.engines.grammar import GrammarCompiler
 from common.engines.inference_loop import Delivery, InferenceLoop
-from common.engines.limits import check_range
+from common.engines.llama_capi import Vocab
 from common.engines.llama_context import ContextSize, LlamaContext
-from common.engines.llama_structs import MAX_SEQUENCES
+from common.engines.llamacpp_settings import LlamaCppSettings
 from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.scheduler import Scheduler
 from common.kv import KvEvent
-from common.model_files import DEFAULT_MODEL, find_model, model_name
+from common.model_files import find_model, model_name
 from common.protocol import (
     EngineInfo,
     EngineMetrics,
@@ -27,45 +25,18 @@ from common.protocol import (
     PipelineError,
 )
 
+__all__ = ["LlamaCppEngine", "LlamaCppSettings"]
+
 _log = logging.getLogger(__name__)
-_CORES = len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class LlamaCppSettings:
-    """`model` is a name or path for `find_model`; sizes are in tokens.
-
-    `cache_tokens` is the pool of KV cells that all requests share. `max_sequences` is how many
-    sequences it can hold at once, running or finished but still cached; it costs 0.2 MB each.
-    `threads` compute a single token, `batch_threads` several at once.
-    """
-
-    model: str = DEFAULT_MODEL
-    worker_id: int = 0
-    cache_tokens: int = 8192
-    block_size: int = 16
-    max_sequences: int = 128
-    max_running: int = 32
-    max_waiting: int = 128
-    prefill_chunk: int = 64
-    threads: int = max(1, _CORES // 2)
-    batch_threads: int = _CORES
-
-    def __post_init__(self) -> None:
-        check_range("cache_tokens", self.cache_tokens, 256, 2**31 - 1)
-        check_range("block_size", self.block_size, 1, self.cache_tokens)
-        check_range("max_sequences", self.max_sequences, 1, MAX_SEQUENCES)
-        check_range("max_running", self.max_running, 1, self.max_sequences)
-        check_range("max_waiting", self.max_waiting, 0)
-        check_range("prefill_chunk", self.prefill_chunk, 1, self.cache_tokens)
-        check_range("threads", self.threads, 1)
-        check_range("batch_threads", self.batch_threads, 1)
 
 
 class LlamaCppEngine:
     """An `Engine` that `start` makes; it belongs to the event loop that it was started on."""
 
     info: EngineInfo
+    _vocab: Vocab
+    _cache: BlockCache
+    _grammars: GrammarCompiler | None = None
 
     def __init__(self, settings: LlamaCppSettings) -> None:
         self._settings = settings
@@ -80,6 +51,7 @@ class LlamaCppEngine:
         self._inference = InferenceLoop(
             settings.worker_id,
             load=self._load,
+            loaded=lambda: self._on_loop(lambda: _complete(self._loaded)),
             deliver=lambda batch: self._on_loop(lambda: self._deliver(batch)),
             ended=lambda error: self._on_loop(lambda: self._end(error)),
         )
@@ -110,7 +82,7 @@ class LlamaCppEngine:
 
     def generate(
         self, request: GenerateRequest, context: RequestContext
-    ) -> AsyncIterator[EngineOutput]:
+    ) -> AsyncGenerator[EngineOutput, None]:
         """See `Engine.generate`; `json_schema` excludes `min_tokens` and `ignore_eos`."""
         self._check_open()
         sampling = request.sampling
@@ -148,11 +120,12 @@ class LlamaCppEngine:
     async def close(self) -> None:
         """Stop the engine and free its memory; running requests end as cancelled."""
         self._closing = True
-        # Compilations read the vocabulary, which is freed with the model.
         await asyncio.to_thread(self._compilations.shutdown)
         self._inference.stop()
         await self._ended.wait()
         await asyncio.to_thread(self._inference.join)
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _check_open(self) -> None:
         if self.failed.done():
@@ -162,7 +135,7 @@ class LlamaCppEngine:
 
     async def _submit(self, request: ScheduledRequest) -> None:
         matcher = None
-        if request.sampling.json_schema is not None:
+        if request.sampling.json_schema is not None and self._grammars is not None:
             matcher = await self._event_loop.run_in_executor(
                 self._compilations, self._grammars.compile, request.sampling.json_schema
             )
@@ -185,7 +158,7 @@ class LlamaCppEngine:
             ),
         )
         self._vocab = context.vocab
-        self._grammars = GrammarCompiler(context.vocab)
+        self._grammars = GrammarCompiler(path)
         self._cache = BlockCache(
             context,
             cells=context.cells,
@@ -200,7 +173,6 @@ class LlamaCppEngine:
             total_blocks=context.cells // settings.block_size,
             worker_id=settings.worker_id,
         )
-        self._on_loop(lambda: _complete(self._loaded))
         return context, Scheduler(
             self._cache,
             max_running=settings.max_running,

@@ -1,7 +1,7 @@
 """A request inside an engine: its limits, how far it is, and the items it sends back."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from common.engines.base import RequestContext
@@ -75,7 +75,9 @@ class ScheduledRequest:
             )
         return item
 
-    async def items(self, submit: Callable[[], Awaitable[None]]) -> AsyncIterator[EngineOutput]:
+    async def items(
+        self, submit: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[EngineOutput, None]:
         """Submit the request and read its stream; leaving early stops the request."""
         await submit()
         try:

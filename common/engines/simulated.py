@@ -13,7 +13,7 @@ temperature, top_p, top_k, min_p, seed and the penalties have nothing to choose 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -114,12 +114,17 @@ class SimulatedEngine:
     def subscribe(self, callback: Callable[[list[KvEvent]], None]) -> None:
         self._scheduler.cache.subscribe(callback)
 
+    async def clear_cache(self) -> None:
+        """Forget all blocks that no running request holds."""
+        self._scheduler.cache.clear()
+        self._scheduler.cache.publish()
+
     def metrics(self) -> EngineMetrics:
         return self._scheduler.metrics()
 
     def generate(
         self, request: GenerateRequest, context: RequestContext
-    ) -> AsyncIterator[EngineOutput]:
+    ) -> AsyncGenerator[EngineOutput, None]:
         """See `Engine.generate`; refuses `json_schema`, `logprobs` and `logit_bias`."""
         self._check_open()
         for name in ("json_schema", "logprobs", "logit_bias"):
@@ -154,19 +159,17 @@ class SimulatedEngine:
             raise PipelineError("unavailable", "the engine is closed")
 
     async def _submit(self, scheduled: ScheduledRequest, output: SimulatedOutput) -> None:
+        self._check_open()
         self._scheduler.add(scheduled)
         self._outputs[scheduled] = output
         self._arrived.set()
 
     async def _stream_at_once(
         self, scheduled: ScheduledRequest, output: SimulatedOutput
-    ) -> AsyncIterator[EngineOutput]:
+    ) -> AsyncGenerator[EngineOutput, None]:
+        self._check_open()
         self._scheduler.add(scheduled)
-        cache = self._scheduler.cache
-        sequence = self._scheduler.running[scheduled]
-        prompt = scheduled.tokens[len(sequence.tokens) :]
-        cache.reserve(len(prompt))
-        cache.append(sequence, prompt)
+        self._compute(scheduled, scheduled.prompt_length)
         reason: FinishReason | None = None
         try:
             while reason is None:
@@ -174,14 +177,25 @@ class SimulatedEngine:
                     reason = "cancelled"
                 while reason is None and len(output.unsent) < self.settings.tokens_per_item:
                     reason = output.advance(self._scheduler)
+                if reason is not None:
+                    self._retire(scheduled)  # a reader need not come back after the last item
                 yield scheduled.item(self.info.worker_id, output.take(), finish_reason=reason)
                 await asyncio.sleep(0)
         finally:
-            computed = scheduled.tokens[scheduled.prompt_length : -1]
-            if cache.reserve(len(computed)):
-                cache.append(sequence, computed)
-            self._scheduler.finish(scheduled)
-            self._scheduler.cache.publish()
+            if reason is None:
+                self._retire(scheduled)
+
+    def _retire(self, scheduled: ScheduledRequest) -> None:
+        self._compute(scheduled, len(scheduled.tokens) - 1)
+        self._scheduler.finish(scheduled)
+        self._scheduler.cache.publish()
+
+    def _compute(self, scheduled: ScheduledRequest, end: int) -> None:
+        """Have the tokens up to `end` in the cache, if there is room."""
+        sequence = self._scheduler.running[scheduled]
+        tokens = scheduled.tokens[len(sequence.tokens) : end]
+        if self._scheduler.cache.reserve(len(tokens)):
+            self._scheduler.cache.append(sequence, tokens)
 
     async def _run(self) -> None:
         try:

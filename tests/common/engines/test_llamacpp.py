@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ async def engine() -> AsyncIterator[LlamaCppEngine]:
 
 
 @pytest.fixture(scope="module")
-def vocab() -> Vocab:
-    return Vocab(find_model(DEFAULT_MODEL))
+def vocab() -> Iterator[Vocab]:
+    vocab = Vocab(find_model(DEFAULT_MODEL))
+    yield vocab
+    vocab.close()
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +235,7 @@ async def stop_by_context(engine: LlamaCppEngine, request: GenerateRequest) -> N
 
 
 async def stop_by_closing(engine: LlamaCppEngine, request: GenerateRequest) -> None:
-    async with aclosing(engine.generate(request, FakeContext())) as items:  # type: ignore[type-var]
+    async with aclosing(engine.generate(request, FakeContext())) as items:
         await anext(items)
 
 

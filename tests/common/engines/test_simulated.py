@@ -5,7 +5,7 @@ from typing import Any
 
 from common.engines.llama_capi import Vocab
 from common.engines.simulated import SimulatedEngine, SimulatedSettings
-from common.kv import KvEvent, block_hashes
+from common.kv import AllBlocksCleared, KvEvent, block_hashes
 from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
 from tests.common.engines.engine_helpers import FakeContext, collect, replay
@@ -120,7 +120,7 @@ async def test_closing_the_stream_cancels(zero_delay: bool) -> None:
         stream = engine.generate(
             GenerateRequest([1], SamplingParams(max_tokens=8000)), FakeContext()
         )
-        async with aclosing(stream) as items:  # type: ignore[type-var]
+        async with aclosing(stream) as items:
             await anext(items)
         await collect(engine, [2], max_tokens=2)
         assert (engine.metrics().running, engine.metrics().used_blocks) == (0, 0)
@@ -166,6 +166,28 @@ async def test_events_tell_what_is_cached_also_under_eviction_and_preemption() -
         assert engine.metrics().running == engine.metrics().waiting == 0
 
 
+@both_modes
+async def test_a_reader_that_leaves_at_the_last_item_leaves_nothing_running(
+    zero_delay: bool,
+) -> None:
+    async with simulated(zero_delay=zero_delay) as engine:
+        stream = engine.generate(GenerateRequest([1], SamplingParams(max_tokens=2)), FakeContext())
+        item = await anext(stream)
+        while item.finish_reason is None:
+            item = await anext(stream)
+        assert (engine.metrics().running, engine.metrics().used_blocks) == (0, 0)
+        await stream.aclose()
+
+
+async def test_clearing_the_cache_forgets_what_no_request_holds() -> None:
+    events: list[KvEvent] = []
+    async with simulated() as engine:
+        engine.subscribe(events.extend)
+        await collect(engine, [1] * 40, max_tokens=2)
+        await engine.clear_cache()
+    assert isinstance(events[-1], AllBlocksCleared)
+
+
 async def test_a_cached_prefix_counts_and_is_in_the_index() -> None:
     prompt = list(range(100, 164))
     async with simulated() as engine:
@@ -205,11 +227,12 @@ async def test_a_failure_reaches_every_caller_and_completes_failed() -> None:
 
 async def test_closing_the_engine_ends_requests_as_cancelled() -> None:
     async with simulated() as engine:
-        tasks = [asyncio.create_task(collect(engine, [n], max_tokens=8000)) for n in range(3)]
-        await asyncio.sleep(0.01)
+        request = GenerateRequest([1], SamplingParams(max_tokens=8000))
+        streams = [engine.generate(request, FakeContext()) for _ in range(3)]
+        await asyncio.gather(*(anext(stream) for stream in streams))
         await engine.close()
-        results = await asyncio.gather(*tasks)
-        assert {result.finish_reason for result in results} == {"cancelled"}
+        last = [[item async for item in stream][-1] for stream in streams]
+        assert {item.finish_reason for item in last} == {"cancelled"}
         with pytest.raises(PipelineError, match="closed"):
             engine.generate(GenerateRequest([1]), FakeContext())
 
