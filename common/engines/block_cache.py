@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 
-from common.engines.blocks import Block, CachedSequence, CellMemory, is_same
-from common.kv import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, block_hash
+from common.engines.blocks import Block, CachedSequence, CellMemory, is_same, stored_event
+from common.kv import AllBlocksCleared, BlockRemoved, KvEvent, block_hash
 
 
 class BlockCache:
@@ -84,14 +84,19 @@ class BlockCache:
                 raise RuntimeError("more running sequences than sequence ids")
         sequence = CachedSequence(self.free_ids.pop())
         self.running[sequence.id] = sequence
-        if source is not None:
-            self._memory.share(source, sequence.id, 0, len(matched) * self.block_size)
-            for block in matched:
-                self._hold(sequence, block)
-                sequence.tokens.extend(block.tokens)
-            if source in self.finished:
-                self._forget_if_contained(self.finished[source])
+        self._share(sequence, matched)
         return sequence
+
+    def catch_up(self, sequence: CachedSequence, tokens: Tokens[int], hashes: Tokens[int]) -> int:
+        """Share the blocks of `tokens` that others have computed since the sequence started.
+
+        Returns how many tokens need not be computed any more.
+        """
+        if sequence.sealed or self._tail(sequence):
+            return 0
+        found = self.match(tokens, hashes)[len(sequence.blocks) :]
+        self._share(sequence, found)
+        return len(found) * self.block_size
 
     def reserve(self, cells: int) -> bool:
         """Evict until that many cells are free; False, evicting nothing, if they cannot be."""
@@ -169,9 +174,25 @@ class BlockCache:
     def _tail(self, sequence: CachedSequence) -> int:
         return len(sequence.tokens) - len(sequence.blocks) * self.block_size
 
+    def _share(self, sequence: CachedSequence, blocks: list[Block]) -> None:
+        """Let the sequence hold blocks that follow its own."""
+        if not blocks:
+            return
+        start = len(sequence.tokens)
+        source = next(iter(blocks[-1].holders))
+        self._memory.share(source, sequence.id, start, start + len(blocks) * self.block_size)
+        for block in blocks:
+            self._hold(sequence, block)
+            sequence.tokens.extend(block.tokens)
+        if source in self.finished:
+            self._forget_if_contained(self.finished[source])
+
     def _hold(self, sequence: CachedSequence, block: Block) -> None:
         block.holders.add(sequence.id)
         sequence.blocks.append(block)
+        self._activate(block)
+
+    def _activate(self, block: Block) -> None:
         block.active += 1
         self._active_blocks += block.active == 1
 
@@ -184,8 +205,7 @@ class BlockCache:
         self._drop_blocks(sequence, len(matched))
         self.running[sequence.id] = self.finished.pop(sequence.id)
         for block in matched:
-            block.active += 1
-            self._active_blocks += block.active == 1
+            self._activate(block)
         return sequence
 
     def _forget_if_contained(self, sequence: CachedSequence) -> None:
@@ -224,12 +244,4 @@ class BlockCache:
 
     def _emit_stored(self, blocks: list[Block]) -> None:
         if blocks:
-            parent = blocks[0].parent
-            self._events.append(
-                BlockStored(
-                    block_hashes=[block.hash for block in blocks],
-                    parent_block_hash=parent.hash if parent else None,
-                    token_ids=[token for block in blocks for token in block.tokens],
-                    block_size=self.block_size,
-                )
-            )
+            self._events.append(stored_event(blocks, self.block_size))

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.kv import BlockStored
+
 
 class CellMemory(Protocol):
     """The memory whose cells the cache accounts for; positions are in tokens, `end` exclusive."""
@@ -45,3 +47,14 @@ class CachedSequence:
 def is_same(block: Block, parent: Block | None, tokens: Sequence[int]) -> bool:
     """Equal hashes are not proof: the content decides, so a collision cannot corrupt."""
     return block.parent is parent and block.tokens == tuple(tokens)
+
+
+def stored_event(blocks: Sequence[Block], block_size: int) -> BlockStored:
+    """The event that a run of consecutive blocks is cached from now on."""
+    parent = blocks[0].parent
+    return BlockStored(
+        block_hashes=[block.hash for block in blocks],
+        parent_block_hash=parent.hash if parent else None,
+        token_ids=[token for block in blocks for token in block.tokens],
+        block_size=block_size,
+    )

@@ -1,10 +1,10 @@
 """JSON schemas as token masks, by llguidance."""
 
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.engines.llama_capi import Vocab
+from common.model_files import find_model
 from common.protocol import PipelineError
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -40,12 +40,12 @@ class _Tokenizer:
 
 
 class GrammarCompiler:
-    """Compiles JSON schemas for the vocabulary of a model file; thread-safe until `close`.
+    """Compiles JSON schemas for the vocabulary of a model; thread-safe until `close`.
 
     A compilation can take seconds, and the first one loads the vocabulary.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: str) -> None:
         self._model = model
         self._vocab: Vocab | None = None
         self._tokenizer: LLTokenizer | None = None
@@ -69,7 +69,7 @@ class GrammarCompiler:
     def _load_tokenizer(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
-                self._vocab = Vocab(self._model)
+                self._vocab = Vocab(find_model(self._model))
                 wrapper = TokenizerWrapper(_Tokenizer(self._vocab))
                 self._tokenizer = LLTokenizer(wrapper, eos_token=sorted(self._vocab.eog_ids))
             return self._tokenizer

@@ -36,7 +36,6 @@ class LlamaCppEngine:
     info: EngineInfo
     _vocab: Vocab
     _cache: BlockCache
-    _grammars: GrammarCompiler | None = None
 
     def __init__(self, settings: LlamaCppSettings) -> None:
         self._settings = settings
@@ -47,6 +46,7 @@ class LlamaCppEngine:
         self._closing = False
         self._open: set[ScheduledRequest] = set()
         self._clearing: set[asyncio.Future[None]] = set()
+        self._grammars = GrammarCompiler(settings.model)
         self._compilations = ThreadPoolExecutor(2, thread_name_prefix="json-schema")
         self._inference = InferenceLoop(
             settings.worker_id,
@@ -124,8 +124,7 @@ class LlamaCppEngine:
         self._inference.stop()
         await self._ended.wait()
         await asyncio.to_thread(self._inference.join)
-        if self._grammars is not None:
-            self._grammars.close()
+        self._grammars.close()
 
     def _check_open(self) -> None:
         if self.failed.done():
@@ -135,7 +134,7 @@ class LlamaCppEngine:
 
     async def _submit(self, request: ScheduledRequest) -> None:
         matcher = None
-        if request.sampling.json_schema is not None and self._grammars is not None:
+        if request.sampling.json_schema is not None:
             matcher = await self._event_loop.run_in_executor(
                 self._compilations, self._grammars.compile, request.sampling.json_schema
             )
@@ -158,7 +157,6 @@ class LlamaCppEngine:
             ),
         )
         self._vocab = context.vocab
-        self._grammars = GrammarCompiler(path)
         self._cache = BlockCache(
             context,
             cells=context.cells,

@@ -138,6 +138,8 @@ class Scheduler:
         prefills: list[Work] = []
         budget = self._prefill_chunk
         for request, sequence in self.running.items():
+            if budget and request.output_length == 0:
+                self._reuse(request, sequence)
             start = len(sequence.tokens)
             missing = len(request.tokens) - start
             count = 1 if missing == 1 else min(missing, budget)
@@ -147,6 +149,12 @@ class Scheduler:
                 (decodes if missing == 1 else prefills).append(work)
                 budget -= 0 if missing == 1 else count
         return decodes + prefills
+
+    def _reuse(self, request: ScheduledRequest, sequence: CachedSequence) -> None:
+        """Requests that came together often begin alike: only one computes what they share."""
+        reused = self.cache.catch_up(sequence, request.tokens, request.block_hashes)
+        request.cached_tokens += reused
+        self._cached_tokens += reused
 
     def _preempt(self, request: ScheduledRequest) -> None:
         self.finish(request)

@@ -157,6 +157,19 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
+    def catch_up(self, data: st.DataObject) -> None:
+        """Others may have computed what comes next in a prompt."""
+        sequence, prompt = data.draw(st.sampled_from(self.running))
+        before = len(sequence.tokens)
+        if before < len(prompt):
+            available = self.cache.available_cells
+            reused = self.cache.catch_up(sequence, prompt, self.hashes(prompt))
+            assert sequence.tokens[before:] == prompt[before : before + reused]
+            assert len(sequence.tokens) < len(prompt)
+            assert self.cache.available_cells >= available - reused
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.running))
         self.running.remove(request)

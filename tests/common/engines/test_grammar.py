@@ -151,7 +151,7 @@ async def test_what_contradicts_a_schema_is_refused(engine: LlamaCppEngine, name
 
 async def test_control_tokens_cannot_stand_in_for_their_text(vocab: Vocab) -> None:
     """The token <|im_start|> is no way to write a string that contains this text."""
-    compiler = GrammarCompiler(find_model(DEFAULT_MODEL))
+    compiler = GrammarCompiler(DEFAULT_MODEL)
     matcher = compiler.compile('{"const": "<|im_start|>"}')
     text = vocab.encode('"<|im_start|>"', special=False)
     assert matcher.validate_tokens(text) == len(text)

@@ -161,6 +161,21 @@ def test_decodes_come_before_prefill_and_prefill_in_chunks_first_come_first_serv
     assert plans[2] == [(decoding, 1), (first, 1), (second, 5)]
 
 
+def test_requests_that_come_together_compute_their_common_prefix_once() -> None:
+    model = FakeModel()
+    prefix = [1, 2, 3, 4] * 4
+    requests = [a_request([*prefix, 50 + n], max_tokens=1) for n in range(4)]
+    for request in requests:
+        model.scheduler.add(request)
+    steps = 0
+    while not model.scheduler.is_idle:
+        model.step()
+        steps += 1
+    assert [request.cached_tokens for request in requests] == [0, 16, 16, 16]
+    assert model.scheduler.metrics().cached_tokens == 48
+    assert steps == 3
+
+
 def test_a_full_queue_refuses_the_newest_and_keeps_the_others() -> None:
     model = FakeModel(max_waiting=2)
     accepted = [a_request([n], max_tokens=2) for n in range(RUNNING + 2)]
