@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from common.answer import Answer, json_error
+from common.dispatch import dispatch
 from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, no_route, read_body, unexpected_error
 from common.openai import (
@@ -172,8 +173,10 @@ async def ask_processor(
     """
     last: TextOutput | None = None
     try:
-        stream = await processor.round_robin(to_wire(request), annotated=False, context=context)
-        async for item in stream:
+        wire = to_wire(request)
+        async for item in dispatch(
+            lambda: processor.round_robin(wire, annotated=False, context=context), context
+        ):
             output = from_wire(item, TextOutput)
             if output.error is None and output.finish_reason is None:
                 yield output

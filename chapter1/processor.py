@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+from common.dispatch import dispatch
 from common.model_files import DEFAULT_MODEL
 from common.protocol import (
     EngineInfo,
@@ -74,8 +75,10 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         linked = asyncio.ensure_future(link(context, engine_context)) if request.stop else None
         finished = False
         try:
-            stream = await engine.round_robin(generate, annotated=False, context=engine_context)
-            async for item in stream:
+            async for item in dispatch(
+                lambda: engine.round_robin(generate, annotated=False, context=engine_context),
+                engine_context,
+            ):
                 if finished:
                     continue  # a stream that is not read to its end looks like a broken engine
                 output = text.push(from_wire(item, EngineOutput))

@@ -125,6 +125,6 @@ def json_error(info: ErrorInfo, request_id: str) -> JSONResponse:
     """A failure as status code and JSON, with Retry-After where trying again may help."""
     status, body = error_response(info)
     headers = {"x-request-id": request_id}
-    if info.kind == "overloaded":
+    if info.kind in ("overloaded", "unavailable"):
         headers["retry-after"] = str(RETRY_AFTER_S)
     return JSONResponse(body, status, headers)

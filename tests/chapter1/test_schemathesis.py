@@ -17,6 +17,10 @@ from schemathesis.schemas import APIOperation
 Case = schemathesis.Case[Any]
 Operation = APIOperation[Any, Any, Any, Any]
 
+NOT_SIMULATED = (
+    *("max_completion_tokens", "stream_options", "stop_token_ids"),
+    *("logit_bias", "response_format", "logprobs", "top_logprobs"),
+)
 generated = settings(
     max_examples=50,
     deadline=None,
@@ -58,17 +62,19 @@ def run(
 
 
 def test_requests_that_fit_the_schema(operation: Operation) -> None:
-    """With a model that exists and few enough tokens, most of them are answered."""
+    """Most are answered, given a model that exists and nothing it or its engine has not got."""
 
     def answerable(case: Case) -> None:
         assert isinstance(case.body, dict)
         case.body |= {"model": MODEL, "max_tokens": 2, "min_tokens": 0}
-        for name in ("max_completion_tokens", "stream_options", "logit_bias", "response_format"):
+        for name in NOT_SIMULATED:
             case.body.pop(name, None)
+        if isinstance(case.body.get("prompt"), list):
+            case.body["prompt"] = [100]
 
     statuses = run(operation, GenerationMode.POSITIVE, answerable)
     assert set(statuses) <= {200, 400}
-    assert statuses[200] >= 10, statuses
+    assert statuses[200] >= 25, statuses
 
 
 def test_requests_as_generated(operation: Operation) -> None:

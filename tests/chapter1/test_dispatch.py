@@ -1,0 +1,84 @@
+"""Which failures of an instance a request survives, and which it must not hide."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from common.dispatch import MAX_TRIES, dispatch
+
+import pytest
+from dynamo.runtime import Context
+
+REFUSED = Exception("Unavailable: NATS request to ns_engine.generate-1 failed")
+DIED = ValueError("Unavailable: Stream ended before generation completed")
+NOBODY = Exception("Unavailable: No workers available for endpoint ns/engine/generate")
+FAULT = ValueError("Internal: RuntimeError: boom")
+
+
+class Instances:
+    """Answers call after call: an exception before the stream, or the items of one."""
+
+    def __init__(self, *answers: Exception | list[Any]) -> None:
+        self.answers = list(answers)
+
+    async def call(self) -> AsyncIterator[Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return self.items(answer)
+
+    async def items(self, answer: list[Any]) -> AsyncIterator[Any]:
+        for item in answer:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+async def collect(instances: Instances, context: Context | None = None) -> list[Any]:
+    return [item async for item in dispatch(instances.call, context or Context("r"))]
+
+
+@pytest.mark.parametrize("failures", [[REFUSED], [[DIED]], [REFUSED, REFUSED], [REFUSED, [DIED]]])
+async def test_another_instance_answers(failures: list[Any]) -> None:
+    assert await collect(Instances(*failures, [1, 2])) == [1, 2]
+
+
+async def test_what_was_seen_is_not_asked_for_again() -> None:
+    """A stream that broke off after its first item would repeat text to the client."""
+    instances = Instances([1, DIED], [1, 2])
+    received = []
+    with pytest.raises(ValueError, match="Stream ended"):
+        async for item in dispatch(instances.call, Context("r")):
+            received.append(item)
+    assert received == [1]
+    assert len(instances.answers) == 1
+
+
+@pytest.mark.parametrize("failure", [NOBODY, FAULT, [FAULT], ValueError("InvalidRequest: no")])
+async def test_what_another_instance_would_not_help(failure: Any) -> None:
+    instances = Instances(failure, [1])
+    with pytest.raises(Exception, match=r"No workers|boom|InvalidRequest"):
+        await collect(instances)
+    assert instances.answers == [[1]]
+
+
+async def test_a_request_that_kills_does_not_kill_every_instance() -> None:
+    instances = Instances([DIED], [DIED], [DIED], [DIED])
+    with pytest.raises(ValueError, match="Stream ended"):
+        await collect(instances)
+    assert len(instances.answers) == 2
+
+
+async def test_tries_are_bounded() -> None:
+    instances = Instances(*[REFUSED] * 10)
+    with pytest.raises(Exception, match="failed"):
+        await collect(instances)
+    assert len(instances.answers) == 10 - MAX_TRIES
+
+
+async def test_a_cancelled_request_is_not_tried_again() -> None:
+    context = Context("r")
+    context.stop_generating()
+    instances = Instances([DIED], [1])
+    with pytest.raises(ValueError, match="Stream ended"):
+        await collect(instances, context)
+    assert instances.answers == [[1]]
