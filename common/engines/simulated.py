@@ -14,7 +14,6 @@ temperature, top_p, top_k, min_p, seed and the penalties have nothing to choose 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from typing import Self
 
 from common.engines.base import RequestContext
@@ -22,8 +21,8 @@ from common.engines.block_cache import BlockCache
 from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.scheduler import Scheduler, Work
 from common.engines.simulated_output import SimulatedOutput
+from common.engines.simulated_settings import SimulatedSettings
 from common.kv import KvEvent
-from common.model_files import DEFAULT_MODEL
 from common.protocol import (
     EngineInfo,
     EngineMetrics,
@@ -33,34 +32,10 @@ from common.protocol import (
     PipelineError,
 )
 
+__all__ = ["SimulatedEngine", "SimulatedSettings"]
+
 _log = logging.getLogger(__name__)
 _MAX_TOKEN_ID = 2**31
-
-
-@dataclass(frozen=True)
-class SimulatedSettings:
-    """Sizes are in tokens; `token_ids` are the first and the last id that outputs are made of.
-
-    With `zero_delay` nothing waits: up to `max_running + max_waiting` requests run at once,
-    each as fast as it is read. A request without `max_tokens` (and without `ignore_eos`) ends
-    by itself after `mean_output_tokens` on average; one with `max_tokens` gives exactly so many.
-    """
-
-    model: str = DEFAULT_MODEL
-    worker_id: int = 0
-    context_length: int = 8192
-    cache_tokens: int = 65536
-    block_size: int = 16
-    max_running: int = 64
-    max_waiting: int = 256
-    prefill_chunk: int = 512
-    prefill_tokens_per_s: float = 8000.0
-    decode_base_ms: float = 5.0
-    decode_ms_per_request: float = 0.2
-    tokens_per_item: int = 1
-    zero_delay: bool = False
-    mean_output_tokens: int = 128
-    token_ids: tuple[int, int] = (1000, 3350)  # whole characters in SmolLM2's vocabulary
 
 
 class _NoMemory:

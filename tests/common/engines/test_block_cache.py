@@ -162,6 +162,18 @@ def test_a_finished_sequence_goes_when_a_running_one_has_computed_the_same() -> 
     check_cache(cache.cache, cache.memory, cache.events, cache.ids)
 
 
+def test_matched_blocks_are_no_room_for_the_rest_of_the_request() -> None:
+    """They can be evicted now, but not once the request has started on them."""
+    cache = Cache(cells=16)
+    cache.run([*A, *B, 1])
+    cache.run([*C], finish=False)
+    tokens = [*A, *B, *[5] * 5]
+    matched = cache.cache.match(tokens, block_hashes(tokens, 4))
+    assert cache.cache.available_cells == 12
+    assert cache.cache.has_room(matched, 4)
+    assert not cache.cache.has_room(matched, 5)
+
+
 def test_clearing_an_idle_cache_is_one_event() -> None:
     cache = Cache()
     cache.run([*A, *B, 1])

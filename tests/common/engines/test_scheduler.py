@@ -144,6 +144,22 @@ def test_a_pool_too_small_for_the_outputs_preempts_and_loses_nothing() -> None:
         assert request.tokens == [n, *expected_output([n], 40)]
 
 
+def test_who_came_last_is_preempted_and_goes_on_before_later_ones() -> None:
+    model = FakeModel()
+    first, second = (a_request([n] * 9, max_tokens=39) for n in range(2))
+    model.scheduler.add(first)
+    model.scheduler.add(second)
+    later = a_request([2] * 40, max_tokens=8)
+    model.scheduler.add(later)
+    while not model.preempted:
+        model.step()
+    assert list(model.scheduler.running) == [first]
+    assert list(model.scheduler.waiting) == [second, later]
+    while not model.scheduler.is_idle:
+        model.step()
+    assert list(model.ended) == [first, second, later]
+
+
 def test_decodes_come_before_prefill_and_prefill_in_chunks_first_come_first_served() -> None:
     model = FakeModel()
     decoding, first, second = (a_request([n] * n, max_tokens=8) for n in (2, 12, 9))

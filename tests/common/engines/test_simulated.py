@@ -237,6 +237,19 @@ async def test_closing_the_engine_ends_requests_as_cancelled() -> None:
             engine.generate(GenerateRequest([1]), FakeContext())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens_per_item": 0}, "tokens_per_item is 0; it must be at least 1"),
+        ({"block_size": 0}, "block_size is 0; it must be from 1 to 65536"),
+        ({"token_ids": (9, 5)}, r"token_ids\[0\] is 9; it must be from 0 to 5"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimulatedSettings(**settings)
+
+
 async def test_it_says_that_it_is_simulated(caplog: pytest.LogCaptureFixture) -> None:
     async with simulated() as engine:
         assert engine.info.simulated
