@@ -145,7 +145,10 @@ class InfoOutput(msgspec.Struct, omit_defaults=True):
 
 
 class EngineMetrics(msgspec.Struct, omit_defaults=True):
-    """An engine's load at one moment; counters run since its start."""
+    """An engine's load at one moment; counters run since its start.
+
+    `used_blocks` are those that running requests hold, not those that are merely cached.
+    """
 
     running: int
     waiting: int

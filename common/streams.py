@@ -15,7 +15,7 @@ class Pace:
     longer than `max_interval_s`. A stream that is slower than its share is never held back.
     """
 
-    def __init__(self, items_per_s: float = 1500.0, max_interval_s: float = 0.05) -> None:
+    def __init__(self, items_per_s: float = 500.0, max_interval_s: float = 0.05) -> None:
         self.items_per_s = items_per_s
         self.max_interval_s = max_interval_s
         self.open_streams = 0

@@ -1,7 +1,7 @@
 """The interface of every engine backend."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from common.kv import KvEvent
@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     def generate(
         self, request: GenerateRequest, context: RequestContext
-    ) -> AsyncIterator[EngineOutput]:
+    ) -> AsyncGenerator[EngineOutput, None]:
         """Stream a request's tokens; stops within one decode step of `context` stopping.
 
         Raises:
@@ -42,6 +42,10 @@ class Engine(Protocol):
     def subscribe(self, callback: Callable[[list[KvEvent]], None]) -> None: ...
 
     def metrics(self) -> EngineMetrics: ...
+
+    async def clear_cache(self) -> None:
+        """Forget every block that no running request holds."""
+        ...
 
     async def close(self) -> None:
         """Stop the engine and free its memory; running requests end as cancelled."""

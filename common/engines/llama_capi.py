@@ -44,6 +44,8 @@ def library() -> c.CDLL:
     folder = Path(spec.submodule_search_locations[0])
     # OpenMP workers that spin starve the event loop and each other on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # When ggml aborts it would run a debugger on this process first.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     lib = c.CDLL(str(folder / "lib" / "libllama.so.0"))
     ggml = c.CDLL(str(folder / "lib" / "libggml.so.0"))
     ggml_base = c.CDLL(str(folder / "lib" / "libggml-base.so.0"))

@@ -5,10 +5,10 @@ import inspect
 import os
 from typing import Any, TypeVar
 
-import msgspec
-
 from common.engines.base import Engine
 from common.model_files import DEFAULT_MODEL
+
+import msgspec
 
 BACKENDS = ("llamacpp", "simulated")
 
