@@ -17,7 +17,7 @@ from common.protocol import (
     merge_outputs,
     to_wire,
 )
-from common.streams import Pace, gather_ready
+from common.streams import Pace, gather_ready, merge_outputs
 from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 

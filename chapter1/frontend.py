@@ -6,6 +6,7 @@ page at /. The same chat is served to other components as `frontend.chat_complet
 """
 
 import argparse
+import asyncio
 import importlib.resources
 import os
 import time
@@ -47,6 +48,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+CHAIN_CHECK_S = 0.5
 PAGE = importlib.resources.files("common").joinpath("static/index.html")
 
 
@@ -69,7 +71,14 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             yield error_response(error.info)[1]
 
     async def chain_answers() -> None:
-        await engine_info(processor_info, wait=True)
+        while True:
+            try:
+                await engine_info(processor_info, wait=True)
+            except PipelineError as error:  # an instance that died is listed for a while
+                log.info("waiting: %s", error)
+                await asyncio.sleep(CHAIN_CHECK_S)
+            else:
+                return
 
     app = build_app(processor, processor_info, life, args)
     try:

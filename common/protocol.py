@@ -112,19 +112,6 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     error: ErrorInfo | None = None
 
 
-def merge_outputs(outputs: list[EngineOutput]) -> EngineOutput:
-    """Consecutive items of one stream as one item; changes the first of them."""
-    merged = outputs[0]
-    for output in outputs[1:]:
-        merged.token_ids += output.token_ids
-        if output.logprobs is not None:
-            merged.logprobs = (merged.logprobs or []) + output.logprobs
-        merged.finish_reason = output.finish_reason
-        merged.timings = output.timings
-        merged.error = output.error
-    return merged
-
-
 class EngineInfo(msgspec.Struct, omit_defaults=True):
     """What an engine is: the answer of `engine.info`. Sizes are in tokens or blocks."""
 
@@ -259,8 +246,3 @@ def hop_error(error: Exception, component: str) -> ErrorInfo:
     if text.startswith("Unavailable"):
         return ErrorInfo("unavailable", f"The {component} is unavailable: {text}")
     return ErrorInfo("internal", f"The {component} failed: {text}")
-
-
-def endpoint_path(namespace: str, component: str, endpoint: str) -> str:
-    """The runtime's address of an endpoint, `namespace.component.endpoint`."""
-    return f"{namespace}.{component}.{endpoint}"

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TypeVar
 
+from common.protocol import EngineOutput
+
 T = TypeVar("T")
 
 
@@ -72,3 +74,16 @@ async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
     except TimeoutError:
         pass
+
+
+def merge_outputs(outputs: list[EngineOutput]) -> EngineOutput:
+    """Consecutive items of one stream as one item; changes the first of them."""
+    merged = outputs[0]
+    for output in outputs[1:]:
+        merged.token_ids += output.token_ids
+        if output.logprobs is not None:
+            merged.logprobs = (merged.logprobs or []) + output.logprobs
+        merged.finish_reason = output.finish_reason
+        merged.timings = output.timings
+        merged.error = output.error
+    return merged

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from common.streams import Pace, gather_ready
+from common.protocol import EngineOutput, EngineTimings, TokenLogprobs
+from common.streams import Pace, gather_ready, merge_outputs
 
 import pytest
 
@@ -87,3 +88,22 @@ def test_streams_share_the_items_of_a_second() -> None:
     assert pace.interval_s() == 0.01
     pace.open_streams = 1000
     assert pace.interval_s() == 0.05
+
+
+def test_merged_items_say_what_the_single_ones_said() -> None:
+    timings = EngineTimings(1, 2, 3)
+    merged = merge_outputs(
+        [
+            EngineOutput([1], [TokenLogprobs(-1)], worker_id=7, cached_tokens=16),
+            EngineOutput([2, 3], [TokenLogprobs(-2), TokenLogprobs(-3)]),
+            EngineOutput(finish_reason="stop", timings=timings),
+        ]
+    )
+    assert merged == EngineOutput(
+        [1, 2, 3],
+        [TokenLogprobs(-1), TokenLogprobs(-2), TokenLogprobs(-3)],
+        worker_id=7,
+        cached_tokens=16,
+        finish_reason="stop",
+        timings=timings,
+    )
