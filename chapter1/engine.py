@@ -14,7 +14,6 @@ from common.protocol import (
     GenerateRequest,
     PipelineError,
     from_wire,
-    merge_outputs,
     to_wire,
 )
 from common.streams import Pace, gather_ready, merge_outputs
