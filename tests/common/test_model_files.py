@@ -1,9 +1,9 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from common.model_files import DEFAULT_MODEL, find_model, model_name
+
+import pytest
 
 
 def test_the_default_model_is_found_without_importing_its_package() -> None:
