@@ -19,23 +19,22 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from common.handlers import Handler, closed_on_its_loop
+from common.notify import notify
 from common.telemetry import log, setup_logging
 
 import uvloop
-from dynamo.runtime import Client, Context, DistributedRuntime, Endpoint
-
-Handler = Callable[[Any, Context], AsyncGenerator[Any, None]]
+from dynamo.runtime import DistributedRuntime, Endpoint
 
 # Callers learn from an etcd watch that an instance is gone; requests that they sent just before
 # still arrive and must find their handler.
 DEREGISTER_GRACE_S = 0.5
-LEASE_CHECK_S = 1.0
+LISTED_CHECK_S = 0.01
 
 
 class ComponentError(Exception):
@@ -71,31 +70,38 @@ class Lifecycle:
         """
         endpoints = [runtime.endpoint(path) for path in handlers]
         served: list[asyncio.Future[None]] = [
-            asyncio.ensure_future(endpoint.serve_endpoint(_closed_on_its_loop(handler)))
+            asyncio.ensure_future(endpoint.serve_endpoint(closed_on_its_loop(handler)))
             for endpoint, handler in zip(endpoints, handlers.values(), strict=True)
         ]
-        clients = [await endpoint.client() for endpoint in endpoints]
-        await asyncio.gather(*[client.wait_for_instances() for client in clients])
+        await asyncio.gather(*[_listed(endpoint) for endpoint in endpoints])
         self.serving = True
         stopped = asyncio.ensure_future(self.stop.wait())
-        lease_lost = asyncio.ensure_future(_lease_lost(endpoints, clients))
         announced = asyncio.ensure_future(_announce(ready))
-        causes: list[asyncio.Future[Any]] = [*served, stopped, lease_lost, announced]
+        causes: list[asyncio.Future[Any]] = [*served, stopped, announced]
         if failed is not None:
             causes.append(failed)
         try:
             done, _ = await asyncio.wait(causes, return_when=asyncio.FIRST_COMPLETED)
-            if failed is not None and failed.done():
-                raise ComponentError(f"failed: {failed.result()}")
             if announced in done:
                 announced.result()
-            if not stopped.done():
-                raise ComponentError("lost its etcd lease: nobody can find this process any more")
+            fault = None
+            if failed is not None and failed.done():
+                fault = f"failed: {failed.result()}"
+            elif not stopped.done():
+                # The runtime does not raise when it loses its lease: it ends `served`, and goes
+                # on with an empty view of the world.
+                fault = "lost its etcd lease, nobody can find it"
+            if fault is None:
+                log.info("draining: finishing what is in flight")
+            else:
+                log.error("%s: finishing what is in flight", fault)
             await self._drain(runtime, endpoints, served, draining)
+            if fault is not None:
+                raise ComponentError(fault)
         finally:
-            for task in (stopped, lease_lost, announced):
+            for task in (stopped, announced):
                 task.cancel()
-            await asyncio.gather(stopped, lease_lost, announced, return_exceptions=True)
+            await asyncio.gather(stopped, announced, return_exceptions=True)
 
     async def _drain(
         self,
@@ -105,11 +111,9 @@ class Lifecycle:
         draining: Callable[[], Awaitable[None]] | None,
     ) -> None:
         notify("STOPPING=1")
-        log.info("draining: deregistered, finishing what is in flight")
         try:
             async with asyncio.timeout(self.drain_timeout_s):
-                for endpoint in endpoints:
-                    await endpoint.unregister_endpoint_instance()
+                await _deregister(endpoints)
                 if draining is not None:
                     await draining()
                 await asyncio.sleep(DEREGISTER_GRACE_S)
@@ -117,31 +121,6 @@ class Lifecycle:
                 await asyncio.gather(*served)
         except TimeoutError:
             log.warning("drain took longer than %g s; giving up", self.drain_timeout_s)
-
-
-class _Items:
-    """The items of a handler; closes the handler's generator on the event loop when dropped.
-
-    The runtime takes the items from a thread of its own and drops a stream that nobody reads
-    any more. A generator that was begun in a thread without an event loop cannot `await` in a
-    `finally` then; begun in a coroutine, it is closed by its event loop.
-    """
-
-    def __init__(self, generator: AsyncGenerator[Any, None]) -> None:
-        self._generator = generator
-
-    def __aiter__(self) -> "_Items":
-        return self
-
-    async def __anext__(self) -> Any:
-        return await anext(self._generator)
-
-
-def _closed_on_its_loop(handler: Handler) -> Callable[[Any, Context], _Items]:
-    def start(request: Any, context: Context) -> _Items:
-        return _Items(handler(request, context))
-
-    return start
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,20 +220,19 @@ async def _wait_for_servers() -> None:
                 break
 
 
-async def _lease_lost(endpoints: list[Endpoint], clients: list[Client]) -> None:
-    """Return when discovery no longer lists this process.
+async def _listed(endpoint: Endpoint) -> None:
+    """Return when discovery lists this process's instance of the endpoint."""
+    client = await endpoint.client()
+    while endpoint.connection_id() not in client.instance_ids():  # noqa: ASYNC110 (no event)
+        await asyncio.sleep(LISTED_CHECK_S)
 
-    Its entries live as long as its etcd lease. The runtime does not raise when the lease is
-    lost: it goes on with an empty view of the world, so the process must look for itself.
-    """
-    missing = 0
-    while missing < 2:
-        await asyncio.sleep(LEASE_CHECK_S)
-        listed = all(
-            endpoint.connection_id() in client.instance_ids()
-            for endpoint, client in zip(endpoints, clients, strict=True)
-        )
-        missing = 0 if listed else missing + 1
+
+async def _deregister(endpoints: list[Endpoint]) -> None:
+    for endpoint in endpoints:
+        try:
+            await endpoint.unregister_endpoint_instance()
+        except Exception as error:  # the runtime raises nothing more precise
+            log.warning("still listed until its lease expires: %s", error)
 
 
 async def _announce(ready: Callable[[], Awaitable[None]] | None) -> NoReturn:
@@ -265,14 +243,3 @@ async def _announce(ready: Callable[[], Awaitable[None]] | None) -> NoReturn:
     notify("READY=1")
     while True:
         await asyncio.Event().wait()
-
-
-def notify(message: str) -> None:
-    """Tell the supervisor, if any, how we are (systemd's sd_notify protocol)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        # A leading "@" is sd_notify's notation for an abstract socket.
-        sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        sock.sendall(message.encode())

@@ -7,7 +7,7 @@ from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import free_port
-from tests.chapter1.helpers import http_client
+from tests.chapter1.helpers import engine_settings, http_client
 
 import httpx
 import pytest_asyncio
@@ -36,10 +36,6 @@ async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
             await running.wait_ready()
             yield running
     print(*lines[-200:], sep="\n")
-
-
-def engine_settings(**settings: object) -> list[str]:
-    return [f"--engine-arg={name}={value}" for name, value in settings.items()]
 
 
 @pytest_asyncio.fixture

@@ -1,15 +1,17 @@
 """What the tests of the chat pipeline share: requests, streams as they arrive, conditions."""
 
 import asyncio
+import base64
 import inspect
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from launch.child import Child
+from launch.pipeline import Pipeline
 
 import httpx
 
@@ -35,6 +37,11 @@ async def eventually(condition: Callable[[], object], timeout: float = 15.0) -> 
 
 def http_client(url: str, timeout: float = 30.0) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False)
+
+
+def engine_settings(**settings: object) -> list[str]:
+    """The engine's arguments for these settings of its backend."""
+    return [f"--engine-arg={name}={value}" for name, value in settings.items()]
 
 
 def chat(text: str = "Tell me a story.", **fields: Any) -> dict[str, Any]:
@@ -125,4 +132,58 @@ async def is_healthy(client: httpx.AsyncClient) -> bool:
         return False
 
 
-Request = Callable[[], Awaitable[httpx.Response]]
+class Load:
+    """Clients that ask one short question after another; `failures` has what went wrong."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+        self.answered = 0
+        self.failures: list[str] = []
+        self.stopping = False
+
+    async def ask_for_ever(self, name: str) -> None:
+        number = 0
+        while not self.stopping:
+            number += 1
+            body = chat(f"{name}, {number}", max_tokens=5)
+            try:
+                async with stream(self.client, body) as answer:
+                    await answer.read_all()
+                assert answer.finish_reason == "length", answer.received[-1]
+            except (httpx.HTTPError, AssertionError) as error:
+                self.failures.append(f"{name} {number}: {type(error).__name__} {error}")
+                await asyncio.sleep(POLL_S)
+            else:
+                self.answered += 1
+
+    async def answers(self, count: int) -> None:
+        """Wait for so many more answers."""
+        goal = self.answered + count
+        await eventually(lambda: self.answered >= goal)
+
+
+@asynccontextmanager
+async def load(client: httpx.AsyncClient, clients: int = 4) -> AsyncIterator[Load]:
+    """Load on the pipeline for the length of the block; the last questions are answered in it."""
+    running = Load(client)
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(clients):
+            tasks.create_task(running.ask_for_ever(f"client {number}"))
+        try:
+            yield running
+        finally:
+            running.stopping = True
+
+
+async def registered(running: Pipeline) -> list[str]:
+    """The instances of the pipeline that etcd lists, as `component/endpoint`."""
+    prefix = f"v1/instances/{running.namespace}/"
+    after = prefix[:-1] + chr(ord("/") + 1)
+    encoded = [base64.b64encode(key.encode()).decode() for key in (prefix, after)]
+    async with httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.post(
+            f"{running.environment['ETCD_ENDPOINTS']}/v3/kv/range",
+            json={"key": encoded[0], "range_end": encoded[1], "keys_only": True},
+        )
+    keys = [base64.b64decode(pair["key"]).decode() for pair in answer.json().get("kvs", [])]
+    return sorted("/".join(key.removeprefix(prefix).split("/")[:2]) for key in keys)

@@ -13,11 +13,11 @@ from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import free_port
-from tests.chapter1.conftest import engine_settings
 from tests.chapter1.helpers import (
     CHAT,
     chat,
     engine_ended,
+    engine_settings,
     eventually,
     http_client,
     lines_about,

@@ -1,0 +1,18 @@
+"""Telling a supervisor how a process is: systemd's sd_notify protocol.
+
+Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
+"""
+
+import os
+import socket
+
+
+def notify(message: str) -> None:
+    """Tell the supervisor, if any, how we are (systemd's sd_notify protocol)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        # A leading "@" is sd_notify's notation for an abstract socket.
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.sendall(message.encode())
