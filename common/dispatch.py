@@ -9,8 +9,8 @@ from common.telemetry import request_log
 from dynamo.runtime import Context
 
 MAX_TRIES = 3
-# A dead instance refuses at once; what takes longer than this is NATS being away, which another
-# instance does not help.
+# A dead instance refuses at once. Slower is one that died with the request in its socket, or
+# NATS being away, which another instance does not help.
 FAST_FAILURE_S = 2.0
 
 
@@ -22,7 +22,8 @@ async def dispatch(
     An instance stays listed for a lease's length after its death. Until the first item nobody
     has seen anything of it, so the request may go to another one: the runtime sends nothing to
     an instance that failed for the next five seconds. A request whose instance died while it
-    worked on it is tried once more only, in case it is the request that kills.
+    worked on it is tried once more only, in case it is the request that kills; so is one that
+    nobody took within the runtime's ten seconds.
 
     Raises:
         Exception: what the runtime raised, see `protocol.hop_error`.
@@ -36,12 +37,13 @@ async def dispatch(
                 yield item
         except Exception as error:
             tries_left -= 1
-            died = "Stream ended" in str(error)
-            refused = "failed" in str(error) and time.monotonic() - began < FAST_FAILURE_S
-            again = str(error).startswith("Unavailable") and (died or refused)
+            text = str(error)
+            died = "Stream ended" in text
+            refused = "NATS request" in text or "before response stream" in text
+            again = text.startswith("Unavailable") and (died or refused)
             if not again or tries_left <= 0 or context.is_stopped():
                 raise
-            if died:
+            if died or time.monotonic() - began > FAST_FAILURE_S:
                 tries_left = 1
             request_log(context.id()).warning("trying another instance: %s", error)
         else:

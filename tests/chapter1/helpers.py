@@ -108,7 +108,7 @@ async def stream(
     async with client.stream("POST", path, json={**body, "stream": True}) as response:
         if response.status_code != 200:
             await response.aread()
-        assert response.status_code == 200, response.text
+        assert response.status_code == 200, f"{response.status_code}: {response.text}"
         yield SseStream(response)
 
 
@@ -149,7 +149,7 @@ class Load:
             try:
                 async with stream(self.client, body) as answer:
                     await answer.read_all()
-                assert answer.finish_reason == "length", answer.received[-1]
+                assert answer.finish_reason == "length", f"stream ended: {answer.received[-1]}"
             except (httpx.HTTPError, AssertionError) as error:
                 self.failures.append(f"{name} {number}: {type(error).__name__} {error}")
                 await asyncio.sleep(POLL_S)

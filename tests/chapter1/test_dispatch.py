@@ -9,6 +9,7 @@ import pytest
 from dynamo.runtime import Context
 
 REFUSED = Exception("Unavailable: NATS request to ns_engine.generate-1 failed")
+LEFT = Exception("Unavailable: Worker disconnected before response stream was established")
 DIED = ValueError("Unavailable: Stream ended before generation completed")
 NOBODY = Exception("Unavailable: No workers available for endpoint ns/engine/generate")
 FAULT = ValueError("Internal: RuntimeError: boom")
@@ -37,7 +38,9 @@ async def collect(instances: Instances, context: Context | None = None) -> list[
     return [item async for item in dispatch(instances.call, context or Context("r"))]
 
 
-@pytest.mark.parametrize("failures", [[REFUSED], [[DIED]], [REFUSED, REFUSED], [REFUSED, [DIED]]])
+@pytest.mark.parametrize(
+    "failures", [[REFUSED], [LEFT], [[DIED]], [REFUSED, LEFT], [REFUSED, [DIED]]]
+)
 async def test_another_instance_answers(failures: list[Any]) -> None:
     assert await collect(Instances(*failures, [1, 2])) == [1, 2]
 
@@ -72,6 +75,15 @@ async def test_tries_are_bounded() -> None:
     with pytest.raises(Exception, match="failed"):
         await collect(instances)
     assert len(instances.answers) == 10 - MAX_TRIES
+
+
+async def test_a_slow_failure_is_survived_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NATS away every try takes the runtime's ten seconds."""
+    monkeypatch.setattr("common.dispatch.FAST_FAILURE_S", -1.0)
+    instances = Instances(*[REFUSED] * 10)
+    with pytest.raises(Exception, match="failed"):
+        await collect(instances)
+    assert len(instances.answers) == 10 - 2
 
 
 async def test_a_cancelled_request_is_not_tried_again() -> None:
