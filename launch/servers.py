@@ -59,7 +59,7 @@ async def etcd_server(children: Children, port: int | None = None) -> AsyncItera
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", f"http://{LOOPBACK}:0"),
             # One member has nobody to wait for: it may elect itself at once.
-            *("--heartbeat-interval", "10", "--election-timeout", "100"),
+            *("--heartbeat-interval", "50", "--election-timeout", "500"),
         ]
 
     child, port = await _start(children, "etcd", command, port)
