@@ -1,10 +1,16 @@
 """OpenAI's API as the frontend needs it: requests in, responses and SSE frames out.
 
 `openai_requests` says what is accepted, `openai_responses` and `openai_stream` what is
-answered, `openai_errors` how a failure looks.
+answered, `openai_errors` how a failure looks, `openai_docs` what the OpenAPI document says.
 """
 
-from common.openai_errors import error_response, sse_error
+from common.openai_docs import (
+    CHAT_RESPONSES,
+    COMPLETION_RESPONSES,
+    MODEL_LIST_RESPONSES,
+    MODEL_RESPONSES,
+)
+from common.openai_errors import client_error, error_response, sse_error
 from common.openai_fields import request_body_docs
 from common.openai_requests import (
     ChatCompletionRequest,
@@ -18,11 +24,16 @@ from common.openai_responses import (
     ModelList,
     chat_response,
     completion_response,
+    model_document,
     model_list,
 )
 from common.openai_stream import ChatStream, CompletionStream
 
 __all__ = [
+    "CHAT_RESPONSES",
+    "COMPLETION_RESPONSES",
+    "MODEL_LIST_RESPONSES",
+    "MODEL_RESPONSES",
     "ChatCompletionRequest",
     "ChatStream",
     "CompletionRequest",
@@ -30,8 +41,10 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "chat_response",
+    "client_error",
     "completion_response",
     "error_response",
+    "model_document",
     "model_list",
     "parse_chat",
     "parse_completion",

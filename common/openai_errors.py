@@ -5,8 +5,10 @@ Python client, which raises `APIStatusError` for a status code and `APIError` fo
 whose data has an `error` object.
 """
 
+import re
 from typing import Any, NamedTuple
 
+from common.openai_requests import ChatCompletionRequest, CompletionRequest
 from common.protocol import ErrorInfo, ErrorKind
 
 import msgspec
@@ -26,6 +28,26 @@ _SHAPES: dict[ErrorKind, _Shape] = {
     "unavailable": _Shape(503, "server_error", "unavailable"),
     "internal": _Shape(500, "server_error", "internal_error"),
 }
+
+
+def client_error(request: ChatCompletionRequest | CompletionRequest, info: ErrorInfo) -> ErrorInfo:
+    """`info`, which a component behind the frontend sent, in terms of what the client sent.
+
+    The components have names of their own for some fields, and a client may have used another
+    of two names; both `param` and the mention in the message become the client's. Applied
+    twice it changes nothing more.
+    """
+    names = {
+        "json_schema": "response_format",
+        "token_ids": "messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+    }
+    if isinstance(request, ChatCompletionRequest) and request.max_tokens is None:
+        names["max_tokens"] = "max_completion_tokens"
+    if info.param not in names:
+        return info
+    name = names[info.param]
+    message = re.sub(rf"\b{info.param}\b", name, info.message)
+    return ErrorInfo(info.kind, message, name)
 
 
 def error_response(info: ErrorInfo) -> tuple[int, dict[str, Any]]:

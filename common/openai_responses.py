@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from common.openai_requests import ChatCompletionRequest, CompletionRequest
 from common.protocol import (
+    EngineInfo,
     ErrorInfo,
     LogprobEntry,
     PipelineError,
@@ -41,9 +42,24 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def model_list(names: Iterable[str], created: int) -> ModelList:
-    """The models that are served; `created` is in seconds since 1970."""
-    return ModelList(data=[ModelCard(id=name, created=created) for name in names])
+def model_document(info: EngineInfo, model_id: str, created: int) -> ModelCard:
+    """The body of GET /v1/models/{model_id}; `created` is in seconds since 1970.
+
+    Raises:
+        PipelineError: kind `model_not_found`; the engine's model has another name.
+    """
+    if model_id != info.model:
+        message = f"The model '{model_id}' does not exist; '{info.model}' does."
+        raise PipelineError("model_not_found", message, "model")
+    owner = "simulated" if info.simulated else "dynamo-pipelines"
+    return ModelCard(id=info.model, created=created, owned_by=owner)
+
+
+def model_list(info: EngineInfo | Iterable[str], created: int) -> ModelList:
+    """The body of GET /v1/models: what is served; `created` is in seconds since 1970."""
+    if isinstance(info, EngineInfo):
+        return ModelList(data=[model_document(info, info.model, created)])
+    return ModelList(data=[ModelCard(id=name, created=created) for name in info])
 
 
 def chat_response(
