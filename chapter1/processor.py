@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 
+INLINE_CHARACTERS = 2048
+
 
 @dynamo_worker()
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
@@ -43,6 +45,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         raise ComponentError(str(error)) from error
     engine = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
     engine_info = await runtime.endpoint(f"{args.namespace}.engine.info").client()
+    known: EngineInfo | None = None
 
     async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         log = request_log(context.id())
@@ -53,14 +56,14 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 yield to_wire(output)
         except PipelineError as error:
             log.warning("failed: %s", error)
-            if error.info.param == "token_ids":  # the engine's name for what the client sent
-                error.info.param = "messages" if request.get("messages") else "prompt"
             yield to_wire(TextOutput(error=error.info))
 
     async def answer(request: ProcessRequest, context: Context) -> AsyncGenerator[TextOutput, None]:
         """The life of one request: text to token ids, engine, token ids to text."""
         started = time.perf_counter()
-        prompt = tokenize(model, request)
+        engine_is = known or await checked_engine(context)
+        prompt = await tokenize(model, request)
+        check_fits(prompt, engine_is.context_length)
         generate = to_wire(GenerateRequest(prompt, request.sampling))
         text = TextStream(
             model,
@@ -102,11 +105,22 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         try:
             if request.get("wait"):
-                await engine_info.wait_for_instances()
-            reply = InfoOutput(engine=await ask_engine(engine_info, context))
+                stopped = context.async_killed_or_stopped()
+                await first_of(engine_info.wait_for_instances(), stopped, life.stop.wait())
+            reply = InfoOutput(engine=await checked_engine(context))
         except PipelineError as error:
             reply = InfoOutput(error=error.info)
         yield to_wire(reply)
+
+    async def checked_engine(context: Context) -> EngineInfo:
+        """What an engine says about itself; it must be made for our token ids."""
+        nonlocal known
+        found = await ask_engine(engine_info, context)
+        if found.model != model.name:
+            message = f"the engine has the model {found.model}, the processor that of {model.name}"
+            raise PipelineError("unavailable", f"{message}; start both with the same --model.")
+        known = found
+        return found
 
     await life.serve(
         runtime,
@@ -117,7 +131,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     )
 
 
-def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
+async def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
     """The prompt's token ids, after the chat template if the request is a chat."""
     if request.model != model.name:
         raise PipelineError(
@@ -127,12 +141,39 @@ def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
         )
     model.check_token_ids(request.sampling.stop_token_ids, "stop_token_ids")
     model.check_token_ids([token for token, _ in request.sampling.logit_bias], "logit_bias")
-    if request.messages is not None:
-        return model.encode(model.render_chat(request.messages))
-    if isinstance(request.prompt, str):
-        return model.encode(request.prompt)
-    model.check_token_ids(request.prompt or [], "prompt")
-    return request.prompt or []
+    if isinstance(request.prompt, list):
+        model.check_token_ids(request.prompt, "prompt")
+        return request.prompt
+
+    prompt = request.prompt or ""
+    messages = request.messages
+
+    def encode() -> list[int]:
+        return model.encode(prompt if messages is None else model.render_chat(messages))
+
+    # A book takes seconds, and the other streams of this process must not wait for it.
+    characters = len(prompt) + sum(len(message.content) + 20 for message in messages or [])
+    return await asyncio.to_thread(encode) if characters > INLINE_CHARACTERS else encode()
+
+
+def check_fits(prompt: list[int], context_length: int) -> None:
+    """Refuse here what the engine would: a long prompt would not even fit into a NATS message."""
+    if len(prompt) >= context_length:
+        raise PipelineError(
+            "invalid_request",
+            f"the prompt has {len(prompt)} tokens, but the context length is {context_length} "
+            "tokens and must also have room for one token of output",
+            "token_ids",
+        )
+
+
+async def first_of(*waits: Awaitable[Any]) -> None:
+    """Return as soon as one of them does; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def link(parent: Context, child: Context) -> None:
@@ -144,8 +185,8 @@ async def link(parent: Context, child: Context) -> None:
 async def ask_engine(client: Client, context: Context) -> EngineInfo:
     """What an engine says about itself."""
     try:
-        stream = await client.round_robin({}, annotated=False, context=context)
-        infos = [from_wire(item, EngineInfo) async for item in stream]
+        items = dispatch(lambda: client.round_robin({}, annotated=False, context=context), context)
+        infos = [from_wire(item, EngineInfo) async for item in items]
     except Exception as error:
         raise PipelineError.of(hop_error(error, "engine")) from error
     if not infos:

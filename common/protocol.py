@@ -243,6 +243,8 @@ def hop_error(error: Exception, component: str) -> ErrorInfo:
     and "Internal: ..." when the handler raised.
     """
     text = str(error)
+    if "payload is too large" in text:
+        return ErrorInfo("too_large", f"The request is too large to be sent to the {component}.")
     if text.startswith("Unavailable"):
         return ErrorInfo("unavailable", f"The {component} is unavailable: {text}")
     return ErrorInfo("internal", f"The {component} failed: {text}")

@@ -16,10 +16,11 @@ class StopStrings:
         self._held = ""
         self._hit = False
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, ignore_hits: bool = False) -> tuple[str, bool]:
         """What may be shown of the text so far, and whether a stop string was hit.
 
-        After a hit nothing more is given out.
+        After a hit nothing more is given out. `ignore_hits`: stop strings that end in this
+        piece do not count, those that begin in it and end in a later one do.
         """
         if not self._stops:
             return text, False
@@ -28,6 +29,11 @@ class StopStrings:
         best: tuple[int, int] | None = None  # end in `text`, minus the stop string's length
         for number, (stop, borders) in enumerate(self._stops):
             end, self._matched[number] = _advance(stop, borders, self._matched[number], text)
+            rest = text
+            while ignore_hits and end is not None:
+                rest = rest[end:]
+                matched = borders[len(stop)]
+                end, self._matched[number] = _advance(stop, borders, matched, rest)
             if end is not None and (best is None or (end, -len(stop)) < best):
                 best = (end, -len(stop))
         known = self._held + text

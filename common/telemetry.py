@@ -9,6 +9,10 @@ from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger("pipeline")
 
+# What clients send may be quoted in a line; it must not begin another one, or move the cursor.
+_CONTROL = (*range(32), *range(127, 160), 0x2028, 0x2029)
+_ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROL}
+
 
 class _ReadableFormatter(logging.Formatter):
     """`12:00:01.123 INFO  engine-0 message [request id]`."""
@@ -19,7 +23,7 @@ class _ReadableFormatter(logging.Formatter):
         )
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
-        line = super().formatMessage(record)
+        line = super().formatMessage(record).translate(_ESCAPED)
         request_id = getattr(record, "request_id", None)
         return f"{line} [{request_id}]" if request_id else line
 

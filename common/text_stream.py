@@ -1,6 +1,7 @@
 """The engine's token ids as the text of an answer: detokenised, ended at a stop string, counted."""
 
 import time
+from collections import deque
 
 from common.protocol import (
     EngineOutput,
@@ -16,8 +17,9 @@ from common.text import StopStrings, TextModel
 class TextStream:
     """One answer.
 
-    Stop strings are looked for in the text after the first `min_tokens` tokens. `started` is
-    the `time.perf_counter()` at which the processor got the request.
+    A stop string that ends within the first `min_tokens` tokens is text like any other. Log
+    probabilities are held back with the text of their tokens. `started` is the
+    `time.perf_counter()` at which the processor got the request.
     """
 
     def __init__(
@@ -37,6 +39,9 @@ class TextStream:
         self._tokenize_ms = _ms_since(started)
         self._usage = Usage(prompt_tokens, 0)
         self._worker_id: int | None = None
+        self._made = 0  # characters
+        self._shown = 0
+        self._held: deque[tuple[int, PositionLogprobs]] = deque()  # by the end of their text
 
     def push(self, output: EngineOutput) -> TextOutput:
         """What an item of the engine adds to the answer; the last one has a finish reason.
@@ -54,32 +59,47 @@ class TextStream:
         if output.logprobs is not None:
             logprobs = self._model.logprobs(output.token_ids, output.logprobs)
         finish = output.finish_reason
-        text, used, hit = self._text(output.token_ids)
-        if hit:
-            finish = "stop"
-        elif finish is not None and self._stop is not None:
-            text += self._stop.flush()
+        if self._stop is None:
+            text, used = self._detokenizer.push(output.token_ids), len(output.token_ids)
+        else:
+            text, used, hit = self._until_stop(self._stop, output.token_ids, logprobs)
+            if hit:
+                finish = "stop"
+            elif finish is not None:
+                text += self._stop.flush()
+            self._shown += len(text)
+            logprobs = self._released()
         self._usage.completion_tokens += used
-        result = TextOutput(text, used, logprobs[:used] or None, finish)
+        result = TextOutput(text, used, logprobs or None, finish)
         if finish is not None:
             result.usage = self._usage
             result.worker_id = self._worker_id
             result.timings = Timings(self._tokenize_ms, _ms_since(self._started), output.timings)
         return result
 
-    def _text(self, token_ids: list[int]) -> tuple[str, int, bool]:
+    def _until_stop(
+        self, stop: StopStrings, token_ids: list[int], logprobs: list[PositionLogprobs]
+    ) -> tuple[str, int, bool]:
         """The text to show, how many of the tokens it took, and whether a stop string was hit."""
-        if self._stop is None:
-            return self._detokenizer.push(token_ids), len(token_ids), False
         shown = ""
         for used, token_id in enumerate(token_ids, 1):
-            piece, hit = self._detokenizer.push([token_id]), False
-            if self._usage.completion_tokens + used > self._min_tokens:
-                piece, hit = self._stop.push(piece)
+            piece = self._detokenizer.push([token_id])
+            self._made += len(piece)
+            if logprobs:
+                self._held.append((self._made, logprobs[used - 1]))
+            early = self._usage.completion_tokens + used <= self._min_tokens
+            piece, hit = stop.push(piece, ignore_hits=early)
             shown += piece
             if hit:
                 return shown, used, True
         return shown, len(token_ids), False
+
+    def _released(self) -> list[PositionLogprobs]:
+        """The log probabilities of tokens whose text is out."""
+        released = []
+        while self._held and self._held[0][0] <= self._shown:
+            released.append(self._held.popleft()[1])
+        return released
 
 
 def _ms_since(started: float) -> float:

@@ -18,27 +18,28 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
+from common.errors import ComponentError
 from common.handlers import Handler, closed_on_its_loop
 from common.notify import notify
+from common.server_addresses import wait_for_servers
 from common.telemetry import log, setup_logging
 
 import uvloop
 from dynamo.runtime import DistributedRuntime, Endpoint
 
+__all__ = ["ComponentError", "Lifecycle", "add_common_arguments", "run"]
+
 # Callers learn from an etcd watch that an instance is gone; requests that they sent just before
 # still arrive and must find their handler.
 DEREGISTER_GRACE_S = 0.5
 LISTED_CHECK_S = 0.01
-
-
-class ComponentError(Exception):
-    """The component cannot go on; the process exits with status 1 and this message."""
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class Lifecycle:
@@ -128,6 +129,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     env = os.environ.get
     parser.add_argument(
         "--namespace",
+        type=_namespace,
         default=env("DYN_NAMESPACE", "inference"),
         help="components of one pipeline find each other in it (env DYN_NAMESPACE, %(default)s)",
     )
@@ -135,12 +137,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout",
         type=float,
         metavar="SECONDS",
-        default=float(env("DRAIN_TIMEOUT", "30")),
+        default=env("DRAIN_TIMEOUT", "30"),
         help="on SIGTERM, give requests in flight this long (env DRAIN_TIMEOUT, %(default)s)",
     )
     parser.add_argument(
         "--log-level",
-        choices=["debug", "info", "warning", "error"],
+        type=_log_level,
+        metavar="|".join(LOG_LEVELS),
         default=env("LOG_LEVEL", "info"),
         help="(env LOG_LEVEL, %(default)s)",
     )
@@ -150,6 +153,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=env("LOG_JSON", "") not in ("", "0"),
         help="log one JSON object a line (env LOG_JSON=1; it reaches the runtime's own lines, too)",
     )
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits, '_' and '-'")
+    return text
+
+
+def _log_level(text: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LOG_LEVELS)}")
+    return text.lower()
 
 
 def run(
@@ -178,7 +193,7 @@ async def _supervise(worker: Callable[..., Awaitable[None]], args: argparse.Name
     loop = asyncio.get_running_loop()
 
     async def start() -> None:
-        await _wait_for_servers()
+        await wait_for_servers()
         await worker(args, life)
 
     working = asyncio.ensure_future(start())
@@ -199,25 +214,6 @@ async def _supervise(worker: Callable[..., Awaitable[None]], args: argparse.Name
         if not life.stop.is_set():
             raise
         log.info("stopped before it was ready")
-
-
-async def _wait_for_servers() -> None:
-    """Return once NATS and etcd accept connections; the runtime itself would block on them."""
-    urls = [os.environ["NATS_SERVER"], *os.environ["ETCD_ENDPOINTS"].split(",")[:1]]
-    for url in urls:
-        address = urlsplit(url)
-        waited = False
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(address.hostname, address.port)
-            except OSError as error:
-                if not waited:
-                    log.warning("waiting for %s: %s", url, error)
-                waited = True
-                await asyncio.sleep(0.5)
-            else:
-                writer.close()
-                break
 
 
 async def _listed(endpoint: Endpoint) -> None:

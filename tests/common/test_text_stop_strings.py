@@ -75,3 +75,20 @@ def test_linear_cost_on_the_worst_text() -> None:
     stopper = StopStrings(["a" * 3000 + "b"])
     released = "".join(stopper.push("a" * 2999 + "c")[0] for _ in range(100))
     assert released + stopper.flush() == ("a" * 2999 + "c") * 100
+
+
+@settings(deadline=None)
+@given(few_letters, few_letters, stops)
+def test_ignored_hits_leave_what_ends_later(ignored: str, text: str, stop: list[str]) -> None:
+    stopper = StopStrings(stop)
+    released, hit = stopper.push(ignored, ignore_hits=True)
+    assert not hit
+    piece, hit = stopper.push(text)
+    shown = released + piece + stopper.flush()
+    for end in range(1, len(text) + 1):
+        endings = [s for s in stop if (ignored + text[:end]).endswith(s)]
+        if endings:
+            assert hit
+            assert shown == (ignored + text[:end])[: -max(map(len, endings))]
+            return
+    assert (shown, hit) == (ignored + text, False)
