@@ -1,8 +1,10 @@
 """The peer of the relay benchmark: Dynamo's own frontend (Rust) before the same engine."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from launch.children import Children
 import httpx
 
 PEER_VERSION = "1.6.1"
+LISTED_TIMEOUT_S = 60.0
+LISTED_CHECK_S = 0.1
 
 
 class PeerUnavailableError(Exception):
@@ -52,7 +56,11 @@ async def peer_pipeline(
     port: int,
     engine_args: list[str],
 ) -> AsyncIterator[None]:
-    """Run the peer: one engine process, one frontend process; ready when the block begins."""
+    """Run the peer: one engine process, one frontend process; ready when the block begins.
+
+    Raises:
+        PeerUnavailableError: its frontend did not find its engine.
+    """
     path = [str(installed), os.environ.get("PYTHONPATH", "")]
     peer_environment = {
         # Our components set these themselves; the peer's frontend gets the same.
@@ -85,10 +93,15 @@ async def peer_pipeline(
 
 async def _until_model_is_listed(port: int) -> None:
     """The peer has no readiness message, only a model list that is empty at first."""
-    transport = httpx.AsyncHTTPTransport(retries=20)  # refused connections, with back-off
-    async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=60) as client:
-        for _ in range(200):
-            answer = await client.get(f"http://127.0.0.1:{port}/v1/models")
-            if answer.json()["data"]:
-                return
-    raise PeerUnavailableError("the peer's frontend lists no model")
+    async with httpx.AsyncClient(trust_env=False) as client:
+        deadline = time.monotonic() + LISTED_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                answer = await client.get(f"http://127.0.0.1:{port}/v1/models")
+            except httpx.TransportError:
+                pass
+            else:
+                if answer.json()["data"]:
+                    return
+            await asyncio.sleep(LISTED_CHECK_S)
+    raise PeerUnavailableError(f"its frontend lists no model after {LISTED_TIMEOUT_S:.0f} s")

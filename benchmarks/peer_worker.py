@@ -1,11 +1,16 @@
-"""Our simulated engine as a worker of Dynamo's own frontend (token ids in, token ids out)."""
+"""Our simulated engine as a worker of Dynamo's own frontend (token ids in, token ids out).
+
+It gathers what is ready into one item exactly as chapter 1's `engine.py` does.
+"""
 
 import argparse
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from common.engines.start import add_engine_arguments, start_engine
 from common.protocol import GenerateRequest, SamplingParams
+from common.streams import Pace, gather_ready, merge_outputs
 from common.worker import Lifecycle, add_common_arguments, run
 
 from dynamo.llm import (
@@ -22,16 +27,18 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
     engine = await start_engine(args)
     path = f"{args.namespace}.backend.generate"
+    pace = Pace()
 
     async def generate(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         sampling = SamplingParams(max_tokens=request["stop_conditions"]["max_tokens"])
-        async for output in engine.generate(
-            GenerateRequest(request["token_ids"], sampling), context
-        ):
-            item: dict[str, Any] = {"token_ids": output.token_ids}
-            if output.finish_reason is not None:
-                item["finish_reason"] = output.finish_reason
-            yield item
+        outputs = engine.generate(GenerateRequest(request["token_ids"], sampling), context)
+        async with aclosing(gather_ready(outputs, pace)) as batches:
+            async for ready in batches:
+                output = merge_outputs(ready)
+                item: dict[str, Any] = {"token_ids": output.token_ids}
+                if output.finish_reason is not None:
+                    item["finish_reason"] = output.finish_reason
+                yield item
 
     async def register() -> None:
         config = ModelRuntimeConfig()

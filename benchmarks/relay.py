@@ -3,7 +3,7 @@
 The engine is simulated and takes no time, so what is measured is everything but inference:
 HTTP, JSON, tokenisation, the runtime's hops. Both pipelines run at the same time on the same
 cores and are measured in turn: ours is frontend, processor and engine, the peer's is Dynamo's
-frontend (Rust) and the engine. Every answer has 128 tokens.
+frontend (Rust) and the engine, which batches its items as ours does. Every answer has 128 tokens.
 """
 
 import asyncio
@@ -57,15 +57,15 @@ def check(load: Load, requests: int) -> None:
         raise GuardError(f"{len(load.answers)} of {requests} answers, of {tokens} tokens each")
 
 
-async def measure(peer: Path | None, rounds: int, requests: dict[int, int]) -> list[dict[str, Any]]:
+async def measure(
+    peer: Path | None, rounds: int, requests: dict[int, int]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows, and why the peer is not in them, if it is not."""
+    left_out: str | None = None
     model = toy_model(CACHE / "toy")
     targets: dict[tuple[str, int], tuple[str, int]] = {}  # (who, tokens an item): model, port
     async with AsyncExitStack() as stack:
-        children = stack.enter_context(
-            Children(
-                lambda name, line: print(name, line, file=sys.stderr) if "peer" in name else None
-            )
-        )
+        children = stack.enter_context(Children())
         nats = await stack.enter_async_context(nats_server(children))
         etcd = await stack.enter_async_context(etcd_server(children))
         environment = server_environment(nats.url, etcd.url)
@@ -90,8 +90,10 @@ async def measure(peer: Path | None, rounds: int, requests: dict[int, int]) -> l
             )
             await ours.wait_ready()
             targets["ours", per_item] = (model.name, port)
-            if peer is not None:
-                port = free_port()
+            if peer is None or left_out is not None:
+                continue
+            port = free_port()
+            try:
                 await stack.enter_async_context(
                     peer_pipeline(
                         children,
@@ -103,11 +105,15 @@ async def measure(peer: Path | None, rounds: int, requests: dict[int, int]) -> l
                         engine_args=engine_args,
                     )
                 )
+            except PeerUnavailableError as error:
+                left_out = str(error)
+            else:
                 targets["peer", per_item] = ("toy", port)
         loads: dict[tuple[int, str, int], list[Load]] = {}
         for round_number in range(rounds + 1):
             for streams, count in requests.items():
-                for (who, per_item), (name, port) in targets.items():
+                turns = list(targets.items())
+                for (who, per_item), (name, port) in turns[:: -1 if round_number % 2 else 1]:
                     seed = 1000 * round_number + streams
                     load = await run_load(port, bodies(name, count, seed), streams)
                     check(load, count)
@@ -119,12 +125,13 @@ async def measure(peer: Path | None, rounds: int, requests: dict[int, int]) -> l
                             f"TTFT {median(load.ttfts_ms):.1f} ms",
                             file=sys.stderr,
                         )
-    return [
+    rows = [
         row(streams, per_item, loads[streams, "ours", per_item],
             loads.get((streams, "peer", per_item), []))
         for per_item in TOKENS_PER_ITEM
         for streams in requests
     ]  # fmt: skip
+    return rows, left_out
 
 
 def row(streams: int, per_item: int, ours: list[Load], peer: list[Load]) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def row(streams: int, per_item: int, ours: list[Load], peer: list[Load]) -> dict
 
 def table(rows: list[dict[str, Any]]) -> str:
     header = ["streams", "tokens an item", "ours, tokens/s", "peer, tokens/s", "ratio"]
-    header += ["ours, TTFT p50 ms", "peer, TTFT p50 ms"]
+    header += ["ours, TTFT p50 ms", "peer, TTFT p50 ms", "events per answer, ours / peer"]
     lines = []
     for entry in rows:
         rounds = entry["rounds"]
@@ -182,6 +189,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{entry['ratio']:.2f}" if peer else "-",
                 with_spread(rounds["ours_ttft_p50_ms"], 1),
                 with_spread(rounds["peer_ttft_p50_ms"], 1) if peer else "-",
+                f"{entry['ours_events_per_token'] * ANSWER_TOKENS:.1f} / "
+                + (f"{entry['peer_events_per_token'] * ANSWER_TOKENS:.1f}" if peer else "-"),
             ]
         )
     return markdown_table(header, lines)
@@ -196,7 +205,8 @@ def main() -> None:
         peer = install_peer(CACHE)
     except PeerUnavailableError as error:
         left_out = str(error)
-    rows = asyncio.run(measure(peer, rounds, requests))
+    rows, not_run = asyncio.run(measure(peer, rounds, requests))
+    left_out = left_out or not_run
     print(table(rows))
     if left_out:
         print(f"\nThe peer is left out: {left_out}")
