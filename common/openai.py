@@ -9,9 +9,9 @@ from common.openai_docs import (
     COMPLETION_RESPONSES,
     MODEL_LIST_RESPONSES,
     MODEL_RESPONSES,
+    request_body_docs,
 )
 from common.openai_errors import client_error, error_response, sse_error
-from common.openai_fields import request_body_docs
 from common.openai_requests import (
     ChatCompletionRequest,
     CompletionRequest,

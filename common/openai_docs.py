@@ -1,16 +1,17 @@
-"""What the API's routes answer, for the OpenAPI document.
+"""What the API's routes take and answer, for the OpenAPI document.
 
-Each constant is the `responses` argument of a FastAPI route decorator, beside the
-`openapi_extra` of `request_body_docs`:
+`request_body_docs` makes the `openapi_extra` argument of a FastAPI route decorator, and each
+constant is a `responses` argument:
 
-    @app.post("/v1/chat/completions", responses=CHAT_RESPONSES, openapi_extra=...)
-    @app.post("/v1/completions", responses=COMPLETION_RESPONSES, openapi_extra=...)
+    @app.post("/v1/chat/completions", openapi_extra=..., responses=CHAT_RESPONSES)
+    @app.post("/v1/completions", openapi_extra=..., responses=COMPLETION_RESPONSES)
     @app.get("/v1/models", responses=MODEL_LIST_RESPONSES)
     @app.get("/v1/models/{model_id}", responses=MODEL_RESPONSES)
 """
 
 from typing import Any
 
+from common.openai_fields import StrictModel
 from common.openai_responses import ModelCard, ModelList
 
 Responses = dict[int | str, dict[str, Any]]
@@ -41,6 +42,28 @@ _ERRORS = {
 }
 
 
+def request_body_docs(model: type[StrictModel]) -> dict[str, Any]:
+    """The documents of a JSON body that the route parses itself."""
+    content = {"application/json": {"schema": _inlined(model.model_json_schema())}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without references, which are relative to the OpenAPI document as a whole."""
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                name = node["$ref"].removeprefix("#/$defs/")
+                node = {**definitions[name], **{k: v for k, v in node.items() if k != "$ref"}}
+            return {key: inline(value) for key, value in node.items()}
+        return [inline(item) for item in node] if isinstance(node, list) else node
+
+    inlined: dict[str, Any] = inline(schema)
+    return inlined
+
+
 def _responses(description: str, content: dict[str, Any], *errors: int) -> Responses:
     """The documents of a 200 and of the named errors."""
     error = {"application/json": {"schema": _ERROR}}
@@ -55,13 +78,13 @@ def _answer(schema: dict[str, Any]) -> Responses:
     return _responses(
         "The answer; with `stream: true` as server-sent events, each `data:` a chunk in JSON, the "
         "last one `[DONE]`. A stream that fails ends with an event that has an `error` instead.",
-        {"application/json": {"schema": schema}, "text/event-stream": events},
+        {"application/json": {"schema": _inlined(schema)}, "text/event-stream": events},
         *_ERRORS,
     )
 
 
 def _document(schema: dict[str, Any], *errors: int) -> Responses:
-    return _responses("Found.", {"application/json": {"schema": schema}}, *errors)
+    return _responses("Found.", {"application/json": {"schema": _inlined(schema)}}, *errors)
 
 
 CHAT_RESPONSES = _answer({"type": "object"})

@@ -4,71 +4,56 @@ A field's `description` states the accepted values; it is shown in the OpenAPI d
 every error message about the field.
 """
 
-from typing import Any, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
 
 from common.protocol import PipelineError
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-UNSUPPORTED = frozenset(
-    (
-        "annotations",
-        "audio",
-        "best_of",
-        "echo",
-        "function_call",
-        "functions",
-        "metadata",
-        "modalities",
-        "moderation",
-        "name",
-        "parallel_tool_calls",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "refusal",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "suffix",
-        "tool_call_id",
-        "tool_calls",
-        "tool_choice",
-        "tools",
-        "verbosity",
-        "web_search_options",
-    )
-)
-"""Parameters of OpenAI's API that this server knows and refuses."""
-
 Model = TypeVar("Model", bound="StrictModel")
+
+
+def _document_no_ops(schema: dict[str, Any], model: type["StrictModel"]) -> None:
+    schema["additionalProperties"] = False
+    for name, values in model.unsupported.items():
+        if values:
+            about = {"description": "not supported; accepted without effect"}
+            schema["properties"][name] = {"enum": [*values, None], **about}
 
 
 class StrictModel(BaseModel):
     """A JSON object without type coercion and without unknown members.
 
     A member that is null counts as absent, known or not: clients send back what they received,
-    and responses are full of nulls.
+    and responses are full of nulls. `unsupported` names the members of OpenAI's API that are
+    refused, each with the values that are accepted because they ask for nothing.
     """
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     model_config = ConfigDict(
         strict=True,
         extra="allow",  # only so that `refuse_unknown` sees them
-        json_schema_extra={"additionalProperties": False},
+        json_schema_extra=_document_no_ops,
     )
 
     @model_validator(mode="after")
     def refuse_unknown(self) -> Self:
-        for unknown, value in (self.model_extra or {}).items():
-            if value is None:
+        for name, value in (self.model_extra or {}).items():
+            no_ops = (None, *self.unsupported.get(name, ()))
+            # The types too: to Python, True and 1.0 are 1.
+            if any(type(value) is type(no_op) and value == no_op for no_op in no_ops):
                 continue
-            problem = "not supported by this server" if unknown in UNSUPPORTED else "unknown"
+            if name in self.unsupported:
+                accepted = ", ".join(msgspec.json.encode(no_op).decode() for no_op in no_ops)
+                problem = f"not supported by this server. Accepted without effect: {accepted}"
+            else:
+                problem = "unknown"
             fields = type(self).model_fields.items()
-            supported = ", ".join(field.alias or name for name, field in fields)
-            raise bad_value(f"The parameter is {problem}. Supported: {supported}.", unknown)
+            supported = ", ".join(field.alias or key for key, field in fields)
+            raise bad_value(f"The parameter is {problem}. Supported: {supported}.", name)
         return self
 
 
@@ -122,21 +107,3 @@ def _param(path: tuple[str | int, ...]) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def request_body_docs(model: type[StrictModel]) -> dict[str, Any]:
-    """A FastAPI route's `openapi_extra` for a body that the route parses itself."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inline(node: Any) -> Any:
-        # References are relative to the whole OpenAPI document, where `$defs` is not.
-        if isinstance(node, dict):
-            if "$ref" in node:
-                name = node["$ref"].removeprefix("#/$defs/")
-                node = {**definitions[name], **{k: v for k, v in node.items() if k != "$ref"}}
-            return {key: inline(value) for key, value in node.items()}
-        return [inline(item) for item in node] if isinstance(node, list) else node
-
-    content = {"application/json": {"schema": inline(schema)}}
-    return {"requestBody": {"required": True, "content": content}}

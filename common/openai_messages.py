@@ -7,7 +7,9 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from common.openai_fields import StrictModel, bad_value
+from common.openai_unsupported import MESSAGE_MEMBERS
 
+import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 
@@ -28,7 +30,7 @@ def _text_of(content: Any) -> str:
     return "".join(texts)
 
 
-def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+def _finite(schema: dict[str, Any] | None) -> dict[str, Any] | None:
     try:
         json.dumps(schema, allow_nan=False)
     except ValueError as error:
@@ -44,16 +46,22 @@ class TextPart(StrictModel):
 class Message(StrictModel):
     """One turn. `developer` is a synonym of `system`."""
 
+    unsupported = MESSAGE_MEMBERS
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart])]
 
 
 class JsonSchema(StrictModel):
-    """A schema with labels for the caller; the output always matches, whatever `strict` says."""
+    """A schema with labels for the caller; the output always matches, whatever `strict` says.
+
+    Without a schema the output is any JSON object.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    schema_: Annotated[dict[str, JsonValue], AfterValidator(_finite), Field(alias="schema")]
+    schema_: Annotated[
+        dict[str, JsonValue] | None, AfterValidator(_finite), Field(alias="schema")
+    ] = None
     strict: bool | None = None
 
 
@@ -71,6 +79,8 @@ class ResponseFormat(StrictModel):
 
     def schema_text(self) -> str | None:
         """The JSON schema that the output must match, None for free text."""
-        if self.type == "json_object":
-            return '{"type":"object"}'
-        return json.dumps(self.json_schema.schema_) if self.json_schema else None
+        if self.type == "text":
+            return None
+        schema = self.json_schema.schema_ if self.json_schema else None
+        # Not json.dumps, whose escapes make a schema in Chinese three times as long.
+        return msgspec.json.encode({"type": "object"} if schema is None else schema).decode()

@@ -1,55 +1,40 @@
 """Requests of OpenAI's API: what is accepted, and what it means to the pipeline.
 
-Every parameter is honoured or refused with an error that names it. Source of names, ranges
+Every parameter is honoured or refused with an error that names it; a refused one is accepted
+with a value that asks for nothing, see `openai_unsupported`. Source of names, ranges
 and defaults: https://platform.openai.com/docs/api-reference/chat/create and `/completions`;
 `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `stop_token_ids` are vLLM's extensions, `nvext`
 is Dynamo's.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from common.openai_fields import StrictModel, bad_value, parse
 from common.openai_messages import Message, ResponseFormat
+from common.openai_unsupported import PARAMETERS, STREAM_OPTIONS
+from common.openai_values import (
+    MAX_TOKEN_ID,
+    Bias,
+    Label,
+    Penalty,
+    Prompt,
+    Stop,
+    TokenCount,
+    TokenId,
+    TokenKey,
+)
 from common.protocol import ChatMessage, ProcessRequest, SamplingParams
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-MAX_TOKEN_ID = 2**31 - 1
 COMPLETION_TOKENS = 16
 """OpenAI's default limit of POST /v1/completions; a chat has none but the context."""
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Label = Annotated[str, Field(min_length=1, max_length=512, pattern="^[^\\x00-\\x1f\\x7f]*$")]
-"""Text that goes to the log, so it must not look like several lines."""
-
-
-def _list_of_stops(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-def _one_prompt(prompt: Any) -> Any:
-    """A string or a list of token ids; a batch of exactly one prompt is that prompt."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise bad_value(f"One prompt a request is supported, not {len(prompt)}.")
-        prompt = prompt[0]
-    if isinstance(prompt, list):
-        for index, token in enumerate(prompt):
-            if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
-                raise bad_value("A token id is an integer from 0 to 2147483647.", index)
-    elif not isinstance(prompt, str):
-        raise bad_value("A prompt is a string or a list of token ids.")
-    if not prompt:
-        raise bad_value("The prompt must not be empty.")
-    return prompt
-
 
 class StreamOptions(StrictModel):
+    unsupported = STREAM_OPTIONS
+
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
 class Nvext(StrictModel):
@@ -58,6 +43,8 @@ class Nvext(StrictModel):
 
 class GenerationRequest(StrictModel):
     """What both kinds of request have in common. Absent and null mean the default."""
+
+    unsupported = PARAMETERS
 
     model: Annotated[Label, Field(description="the id of a model of GET /v1/models")]
     max_tokens: Annotated[
@@ -70,7 +57,8 @@ class GenerationRequest(StrictModel):
         float | None, Field(ge=0, le=2, description="a number from 0 (greedy) to 2; default 1")
     ] = None
     top_p: Annotated[
-        float | None, Field(gt=0, le=1, description="a number above 0, up to 1; default 1")
+        float | None,
+        Field(ge=0, le=1, description="a number from 0 (the most likely token) to 1; default 1"),
     ] = None
     top_k: Annotated[
         int | None,
@@ -79,11 +67,10 @@ class GenerationRequest(StrictModel):
     min_p: Annotated[float | None, Field(ge=0, le=1, description="a number from 0 (off) to 1")] = (
         None
     )
-    n: Annotated[Literal[1] | None, Field(description="1: one choice a request")] = None
+    # Not Literal[1], which takes true and 1.0 as well.
+    n: Annotated[int | None, Field(ge=1, le=1, description="1: one choice a request")] = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]] | None,
-        Field(max_length=4, description="a non-empty string, or a list of up to 4 of them"),
-        BeforeValidator(_list_of_stops, json_schema_input_type=str | list[str] | None),
+        Stop | None, Field(description="a non-empty string, or a list of up to 4 of them")
     ] = None
     stop_token_ids: Annotated[
         list[TokenId] | None, Field(max_length=64, description="a list of up to 64 token ids")
@@ -101,7 +88,7 @@ class GenerationRequest(StrictModel):
         Penalty | None, Field(description="a number from -2 to 2; default 0")
     ] = None
     logit_bias: Annotated[
-        dict[TokenId, Bias] | None,
+        dict[TokenKey, Bias] | None,
         Field(max_length=1024, description="up to 1024 token ids with a bias from -100 to 100"),
     ] = None
     stream: Annotated[bool | None, Field(description="true or false")] = None
@@ -140,11 +127,15 @@ class GenerationRequest(StrictModel):
 
     def sampling(self, *, logprobs: int | None, json_schema: str | None) -> SamplingParams:
         """The parameters as the engine takes them."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        if top_p == 0:  # the smallest set of tokens that may be chosen: the most likely one
+            temperature, top_p = 0.0, 1.0
         return SamplingParams(
             max_tokens=self.token_limit(),
             min_tokens=self.min_tokens or 0,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=temperature,
+            top_p=top_p,
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,
             seed=self.seed,
@@ -180,7 +171,7 @@ class ChatCompletionRequest(GenerationRequest):
         ResponseFormat | None,
         Field(
             description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", '
-            '"json_schema": {"name": ..., "schema": {...}, "strict": ...}}'
+            '"json_schema": {"name": ..., "schema": {...} (default: any object), "strict": ...}}'
         ),
     ] = None
 
@@ -200,11 +191,7 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[
-        str | list[TokenId],
-        BeforeValidator(_one_prompt),
-        Field(description="a non-empty string or a list of token ids"),
-    ]
+    prompt: Annotated[Prompt, Field(description="a non-empty string or a list of token ids")]
     max_tokens: Annotated[
         TokenCount | None, Field(description=f"an integer from 1; default {COMPLETION_TOKENS}")
     ] = None

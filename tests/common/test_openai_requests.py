@@ -11,7 +11,7 @@ from common.openai import (
     request_body_docs,
     to_process_request,
 )
-from common.openai_fields import UNSUPPORTED
+from common.openai_unsupported import MESSAGE_MEMBERS, PARAMETERS
 from common.protocol import (
     ChatMessage,
     ErrorInfo,
@@ -70,9 +70,9 @@ def test_defaults_are_openais() -> None:
 
 def test_null_means_the_default() -> None:
     fields = set(ChatCompletionRequest.model_fields) - {"model", "messages"}
-    assert chat(**dict.fromkeys(fields | UNSUPPORTED)) == chat()
+    assert chat(**dict.fromkeys(fields | set(PARAMETERS))) == chat()
     fields = set(CompletionRequest.model_fields) - {"model", "prompt"}
-    assert completion(**dict.fromkeys(fields | UNSUPPORTED)) == completion()
+    assert completion(**dict.fromkeys(fields | set(PARAMETERS))) == completion()
 
 
 def test_every_sampling_parameter_reaches_the_engine() -> None:
@@ -111,11 +111,13 @@ def test_messages() -> None:
         {"role": "user", "content": parts},
         # As the official client sends back a message that it received:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "audio": None},
+        {"role": "assistant", "content": "d", "tool_calls": [], "annotations": []},
     ]
     assert chat(messages=messages).messages == [
         ChatMessage("system", "Be brief."),
         ChatMessage("user", "ab"),
         ChatMessage("assistant", "c"),
+        ChatMessage("assistant", "d"),
     ]
 
 
@@ -133,9 +135,15 @@ def test_response_format() -> None:
     got = chat(response_format={"type": "json_schema", "json_schema": wanted}).sampling
     assert got.json_schema is not None
     assert json.loads(got.json_schema) == schema
+    assert "größe" in got.json_schema, "escapes would make it several times as long"
     json_object = chat(response_format={"type": "json_object"}).sampling
     assert json_object.json_schema == '{"type":"object"}'
     assert chat(response_format={"type": "text"}).sampling.json_schema is None
+    for absent in ({}, {"schema": None}):
+        any_object = {"type": "json_schema", "json_schema": {"name": "any", **absent}}
+        assert chat(response_format=any_object).sampling.json_schema == '{"type":"object"}'
+    anything = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}
+    assert chat(response_format=anything).sampling.json_schema == "{}"
 
 
 @pytest.mark.parametrize("prompt", ["Once", ["Once"]])
@@ -157,23 +165,74 @@ def test_what_the_log_and_the_answer_need() -> None:
     assert request.extra_fields() == {"worker_id", "timing"}
 
 
-def test_openais_parameters_are_all_known() -> None:
-    """A parameter that a new client version adds must be put on one of the two lists."""
-    chat_known = set(ChatCompletionRequest.model_fields) | UNSUPPORTED
-    assert set(ChatParams.__annotations__) <= chat_known
-    assert (
-        set(CompletionParams.__annotations__) <= set(CompletionRequest.model_fields) | UNSUPPORTED
-    )
+def test_top_p_of_zero_is_the_most_likely_token() -> None:
+    """Legal at OpenAI's; an engine sees it as greedy, whatever the temperature."""
+    greedy = SamplingParams(temperature=0.0, top_p=1.0)
+    assert chat(top_p=0).sampling == chat(top_p=0, temperature=1.5).sampling == greedy
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED | {"no_such_parameter"}))
-@pytest.mark.parametrize("value", [True, [], {}, "x"])
-def test_refused_by_name(name: str, value: Any) -> None:
-    kind = "not supported by this server" if name in UNSUPPORTED else "unknown"
+@pytest.mark.parametrize("name", [*ChatParams.__annotations__, "no_such_parameter"])
+def test_openais_chat_parameters_are_all_known(name: str) -> None:
+    """A parameter that a new client version adds must become a field or be put on the list."""
+    info = chat_refusal(**{name: {"x": 1}})  # wrong for every one of them
+    unknown = info.message.startswith(f"'{name}': The parameter is unknown.")
+    assert unknown == (name == "no_such_parameter")
+    assert str(info.param).startswith(name)
+
+
+@pytest.mark.parametrize("name", [*CompletionParams.__annotations__, "no_such_parameter"])
+def test_openais_completion_parameters_are_all_known(name: str) -> None:
+    info = completion_refusal(**{name: {"x": 1}})
+    unknown = info.message.startswith(f"'{name}': The parameter is unknown.")
+    assert unknown == (name == "no_such_parameter")
+    assert str(info.param).startswith(name)
+
+
+NO_OPS = [(name, value) for name, values in PARAMETERS.items() for value in (*values, None)]
+
+
+@pytest.mark.parametrize(("name", "value"), NO_OPS)
+def test_a_value_that_asks_for_nothing_changes_nothing(name: str, value: Any) -> None:
+    """Frameworks send `store: false` or `tools: []` with every request."""
+    assert chat(**{name: value}) == chat()
+    assert completion(**{name: value}) == completion()
+
+
+def test_the_values_that_ask_for_nothing() -> None:
+    accepted = {
+        *("store: false", "metadata: {}", 'service_tier: "auto"', 'service_tier: "default"'),
+        *('modalities: ["text"]', "tools: []", 'tool_choice: "none"', 'tool_choice: "auto"'),
+        *("parallel_tool_calls: true", "parallel_tool_calls: false", "functions: []"),
+        *('function_call: "none"', 'function_call: "auto"'),
+        *("echo: false", "best_of: 1", 'suffix: ""'),
+    }
+    assert accepted == {f"{n}: {json.dumps(value)}" for n, value in NO_OPS if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("store", True), ("store", 0), ("best_of", 2), ("best_of", True), ("best_of", 1.0)],
+        *[("echo", True), ("suffix", "x"), ("metadata", {"a": "b"}), ("metadata", [])],
+        *[("service_tier", "flex"), ("modalities", ["text", "audio"]), ("modalities", [])],
+        *[("tools", [{"type": "function"}]), ("tool_choice", "required"), ("functions", [{}])],
+    ],
+)
+def test_a_value_that_asks_for_something_is_refused(name: str, value: Any) -> None:
     for info in (chat_refusal(**{name: value}), completion_refusal(**{name: value})):
         assert info.param == name
-        assert info.message.startswith(f"'{name}': The parameter is {kind}. Supported: model, ")
-        assert "max_tokens" in info.message
+        accepted = ", ".join(json.dumps(no_op) for no_op in (None, *PARAMETERS[name]))
+        assert f"not supported by this server. Accepted without effect: {accepted}." in info.message
+
+
+@pytest.mark.parametrize("name", sorted({*PARAMETERS, "no_such_parameter"}))
+@pytest.mark.parametrize("value", [7, ["x"], {"x": 1}, "x"])
+def test_refused_by_name(name: str, value: Any) -> None:
+    kind = "not supported by this server" if name in PARAMETERS else "unknown"
+    for info in (chat_refusal(**{name: value}), completion_refusal(**{name: value})):
+        assert info.param == name
+        assert info.message.startswith(f"'{name}': The parameter is {kind}. ")
+        assert " Supported: model, max_tokens, " in info.message
 
 
 @pytest.mark.parametrize(
@@ -184,8 +243,8 @@ def test_refused_by_name(name: str, value: Any) -> None:
         ({"temperature": "1"}, "temperature", "a number"),
         ({"temperature": True}, "temperature", "a number"),
         ({"temperature": float("nan")}, "temperature", "a number"),
-        ({"top_p": 0}, "top_p", "above 0, up to 1"),
-        ({"top_p": 1.01}, "top_p", "above 0, up to 1"),
+        ({"top_p": -0.01}, "top_p", "from 0 (the most likely token) to 1"),
+        ({"top_p": 1.01}, "top_p", "from 0 (the most likely token) to 1"),
         ({"top_k": -2}, "top_k", "0 or -1"),
         ({"min_p": 1.5}, "min_p", "0 (off) to 1"),
         ({"max_tokens": 0}, "max_tokens", "an integer from 1"),
@@ -193,6 +252,8 @@ def test_refused_by_name(name: str, value: Any) -> None:
         ({"min_tokens": -1}, "min_tokens", "from 0 to max_tokens"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "from 0 to max_tokens"),
         ({"n": 2}, "n", "1: one choice a request"),
+        ({"n": True}, "n", "1: one choice a request"),
+        ({"n": 1.0}, "n", "1: one choice a request"),
         ({"stop": ["1", "2", "3", "4", "5"]}, "stop", "up to 4"),
         ({"stop": ""}, "stop[0]", "non-empty string"),
         ({"stop": ["a", ""]}, "stop[1]", "non-empty string"),
@@ -206,6 +267,13 @@ def test_refused_by_name(name: str, value: Any) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "-100 to 100"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "-100 to 100"),
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "-100 to 100"),
+        ({"logit_bias": {"+5": 1}}, "logit_bias.+5", "plain decimal number"),
+        ({"logit_bias": {"5.0": 1}}, "logit_bias.5.0", "plain decimal number"),
+        ({"logit_bias": {"1_0": 1}}, "logit_bias.1_0", "plain decimal number"),
+        ({"logit_bias": {"05": 1}}, "logit_bias.05", "plain decimal number"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias.\u0665", "plain decimal number"),
+        ({"logit_bias": {"2147483648": 1}}, "logit_bias.2147483648", "-100 to 100"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias.99", "plain decimal number"),
         ({"logit_bias": [1]}, "logit_bias", "-100 to 100"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream: true"),
@@ -217,7 +285,7 @@ def test_refused_by_name(name: str, value: Any) -> None:
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",
-            "False",
+            "null, false",
         ),
         ({"user": 7}, "user", "a label"),
         ({"nvext": {"extra_fields": ["cost"]}}, "nvext.extra_fields[0]", '"worker_id", "timing"'),
@@ -226,13 +294,15 @@ def test_refused_by_name(name: str, value: Any) -> None:
         ({"model": None}, "model", "GET /v1/models"),
         ({"model": "m\n2026 INFO forged"}, "model", "GET /v1/models"),
         ({"user": "al\nice"}, "user", "a label"),
+        *[({"user": f"al{c}ice"}, "user", "a label") for c in "\x85\x9b\u2028\u2029\x7f\x1b"],
     ],
 )
 def test_bad_values_are_refused_with_the_accepted_ones(
     parameters: dict[str, Any], param: str, accepted: str
 ) -> None:
     for info in (chat_refusal(**parameters), completion_refusal(**parameters)):
-        assert info.param == param
+        assert info.param is not None
+        assert info.param.startswith(param)
         assert param in info.message
         assert accepted in info.message
 
@@ -274,7 +344,7 @@ def test_bad_values_are_refused_with_the_accepted_ones(
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "developer"),
         ({"messages": [{**USER, "name": "Al"}]}, "messages[0].name", "role, content"),
         (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
             "messages[0].tool_calls",
             "not supported",
         ),
@@ -360,7 +430,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 names = sorted(
-    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED, "x"}
+    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *PARAMETERS, "x"}
 )
 bodies = st.dictionaries(st.sampled_from(names), json_values) | json_values
 
@@ -386,6 +456,13 @@ def test_arbitrary_bytes_are_refused(body: bytes) -> None:
     assert refusal(parse_chat, body).message
 
 
+@pytest.mark.parametrize("name", MESSAGE_MEMBERS)
+def test_members_of_messages_are_refused_by_name(name: str) -> None:
+    info = chat_refusal(messages=[{**USER, name: "x"}])
+    assert info.param == f"messages[0].{name}"
+    assert "not supported by this server" in info.message
+
+
 def test_openapi_schema_says_what_is_accepted() -> None:
     docs = request_body_docs(ChatCompletionRequest)["requestBody"]
     schema = docs["content"]["application/json"]["schema"]
@@ -393,6 +470,8 @@ def test_openapi_schema_says_what_is_accepted() -> None:
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["model", "messages"]
     described = [name for name, value in schema["properties"].items() if value.get("description")]
-    assert described == list(ChatCompletionRequest.model_fields)
+    no_ops = [name for name, values in PARAMETERS.items() if values]
+    assert described == [*ChatCompletionRequest.model_fields, *no_ops]
+    assert schema["properties"]["service_tier"]["enum"] == ["auto", "default", None]
     roles = schema["properties"]["messages"]["items"]["properties"]["role"]["enum"]
     assert roles == ["system", "developer", "user", "assistant"]
