@@ -12,26 +12,13 @@ constant is a `responses` argument:
 from typing import Any
 
 from common.openai_fields import StrictModel
+from common.openai_objects import ChatCompletion, Completion, ErrorDocument
 from common.openai_responses import ModelCard, ModelList
+
+import msgspec
 
 Responses = dict[int | str, dict[str, Any]]
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
 _ERRORS = {
     400: "A parameter is wrong, missing, unknown or not supported; `param` names it.",
     404: "The model does not exist.",
@@ -66,7 +53,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _responses(description: str, content: dict[str, Any], *errors: int) -> Responses:
     """The documents of a 200 and of the named errors."""
-    error = {"application/json": {"schema": _ERROR}}
+    error = {"application/json": {"schema": _inlined(msgspec.json.schema(ErrorDocument))}}
     documents: Responses = {200: {"description": description, "content": content}}
     return documents | {
         status: {"description": _ERRORS[status], "content": error} for status in errors
@@ -87,7 +74,7 @@ def _document(schema: dict[str, Any], *errors: int) -> Responses:
     return _responses("Found.", {"application/json": {"schema": _inlined(schema)}}, *errors)
 
 
-CHAT_RESPONSES = _answer({"type": "object"})
-COMPLETION_RESPONSES = _answer({"type": "object"})
+CHAT_RESPONSES = _answer(msgspec.json.schema(ChatCompletion))
+COMPLETION_RESPONSES = _answer(msgspec.json.schema(Completion))
 MODEL_LIST_RESPONSES = _document(ModelList.model_json_schema(), 500, 503)
 MODEL_RESPONSES = _document(ModelCard.model_json_schema(), 404, 500, 503)

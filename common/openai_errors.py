@@ -8,6 +8,7 @@ whose data has an `error` object.
 import re
 from typing import Any, NamedTuple
 
+from common.openai_objects import ErrorDocument, ErrorObject
 from common.openai_requests import ChatCompletionRequest, CompletionRequest
 from common.protocol import ErrorInfo, ErrorKind
 
@@ -53,14 +54,9 @@ def client_error(request: ChatCompletionRequest | CompletionRequest, info: Error
 def error_response(info: ErrorInfo) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the JSON body that tell a client about `info`."""
     shape = _SHAPES[info.kind]
-    return shape.status, {
-        "error": {
-            "message": info.message,
-            "type": shape.type,
-            "param": info.param,
-            "code": shape.code,
-        }
-    }
+    error = ErrorObject(info.message, shape.type, info.param, shape.code)
+    body: dict[str, Any] = msgspec.to_builtins(ErrorDocument(error))
+    return shape.status, body
 
 
 def sse_error(info: ErrorInfo) -> bytes:

@@ -1,20 +1,33 @@
-"""Answers of OpenAI's API that are one JSON document.
+"""Answers of OpenAI's API that are one JSON document, from what the processor streamed.
 
-Source of the shapes: https://platform.openai.com/docs/api-reference/chat/object,
-`/completions/object` and `/models/list`. `system_fingerprint` is left out: it may be, and the
-frontend does not know the engine's configuration. `nvext` is Dynamo's extension.
+Source of the models' shapes: https://platform.openai.com/docs/api-reference/models; the
+others are in `openai_objects`.
 """
 
 import codecs
 import time
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
+from common.openai_objects import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatPosition,
+    ChatToken,
+    CompleteReason,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Extension,
+    UsageDetails,
+    UsageObject,
+)
 from common.openai_requests import ChatCompletionRequest, CompletionRequest
 from common.protocol import (
     EngineInfo,
     ErrorInfo,
-    LogprobEntry,
     PipelineError,
     PositionLogprobs,
     TextOutput,
@@ -22,6 +35,7 @@ from common.protocol import (
 )
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel
 
 LEAST_LOGPROB = -9999.0
@@ -49,7 +63,7 @@ def model_document(info: EngineInfo, model_id: str, created: int) -> ModelCard:
         PipelineError: kind `model_not_found`; the engine's model has another name.
     """
     if model_id != info.model:
-        message = f"The model '{model_id}' does not exist; '{info.model}' does."
+        message = f"The model {model_id[:80]!r} does not exist; '{info.model}' does."
         raise PipelineError("model_not_found", message, "model")
     owner = "simulated" if info.simulated else "dynamo-pipelines"
     return ModelCard(id=info.model, created=created, owned_by=owner)
@@ -71,28 +85,46 @@ def chat_response(
         PipelineError: an item carries an error, the answer was cancelled, or its last item is
             missing.
     """
-    text, logprobs, last = _gather(outputs)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": {"content": chat_logprobs(logprobs), "refusal": None} if logprobs else None,
-        "finish_reason": last.finish_reason,
-    }
-    return _response("chatcmpl-", "chat.completion", request_id, request, choice, last)
+    text, logprobs, finish_reason, last = _gather(outputs)
+    choice = ChatChoice(
+        index=0,
+        message=AssistantMessage(role="assistant", content=text),
+        logprobs=chat_logprobs(logprobs) if logprobs else None,
+        finish_reason=finish_reason,
+    )
+    document = ChatCompletion(
+        id=f"chatcmpl-{request_id}",
+        object="chat.completion",
+        created=int(time.time()),
+        model=request.model,
+        choices=[choice],
+        usage=usage_object(last.usage) if last.usage else None,
+        nvext=extension(request.extra_fields(), last),
+    )
+    return msgspec.json.encode(document)
 
 
 def completion_response(
     request_id: str, request: CompletionRequest, outputs: list[TextOutput]
 ) -> bytes:
     """Like `chat_response`, for POST /v1/completions."""
-    text, logprobs, last = _gather(outputs)
-    choice = {
-        "index": 0,
-        "text": text,
-        "logprobs": TextOffsets().logprobs(logprobs) if logprobs else None,
-        "finish_reason": last.finish_reason,
-    }
-    return _response("cmpl-", "text_completion", request_id, request, choice, last)
+    text, logprobs, finish_reason, last = _gather(outputs)
+    choice = CompletionChoice(
+        index=0,
+        text=text,
+        logprobs=TextOffsets().logprobs(logprobs) if logprobs else None,
+        finish_reason=finish_reason,
+    )
+    document = Completion(
+        id=f"cmpl-{request_id}",
+        object="text_completion",
+        created=int(time.time()),
+        model=request.model,
+        choices=[choice],
+        usage=usage_object(last.usage) if last.usage else None,
+        nvext=extension(request.extra_fields(), last),
+    )
+    return msgspec.json.encode(document)
 
 
 def failure(output: TextOutput) -> ErrorInfo | None:
@@ -102,66 +134,59 @@ def failure(output: TextOutput) -> ErrorInfo | None:
     return output.error
 
 
-def _gather(outputs: list[TextOutput]) -> tuple[str, list[PositionLogprobs], TextOutput]:
+class _Answer(NamedTuple):
+    text: str
+    logprobs: list[PositionLogprobs]
+    finish_reason: CompleteReason
+    last: TextOutput
+
+
+def _gather(outputs: list[TextOutput]) -> _Answer:
     for output in outputs:
         if error := failure(output):
             raise PipelineError.of(error)
-    if not outputs or outputs[-1].finish_reason is None:
+    finish_reason = outputs[-1].finish_reason if outputs else None
+    if finish_reason is None or finish_reason == "cancelled":
         raise PipelineError("unavailable", "The answer ended before it was complete.")
     logprobs = [position for output in outputs for position in output.logprobs or ()]
-    return "".join(output.text for output in outputs), logprobs, outputs[-1]
+    text = "".join(output.text for output in outputs)
+    return _Answer(text, logprobs, finish_reason, outputs[-1])
 
 
-def _response(
-    prefix: str,
-    kind: str,
-    request_id: str,
-    request: ChatCompletionRequest | CompletionRequest,
-    choice: dict[str, Any],
-    last: TextOutput,
-) -> bytes:
-    document = {
-        "id": prefix + request_id,
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model,
-        "choices": [choice],
-        "usage": usage_json(last.usage) if last.usage else None,
-    }
-    extension = nvext_json(request.extra_fields(), last)
-    if extension:
-        document["nvext"] = extension
-    return msgspec.json.encode(document)
+def usage_object(usage: Usage) -> UsageObject:
+    return UsageObject(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=UsageDetails(usage.cached_tokens),
+    )
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+def extension(extra_fields: frozenset[str], last: TextOutput) -> Extension | UnsetType:
+    """The members of `nvext` that were asked for."""
+    if not extra_fields:
+        return UNSET
+    return Extension(
+        worker_id=last.worker_id if "worker_id" in extra_fields else UNSET,
+        timing=last.timings if "timing" in extra_fields else UNSET,
+    )
 
 
-def nvext_json(extra_fields: frozenset[str], last: TextOutput) -> dict[str, Any]:
-    """The members of `nvext` that were asked for; {} if none."""
-    extension: dict[str, Any] = {}
-    if "worker_id" in extra_fields:
-        extension["worker_id"] = last.worker_id
-    if "timing" in extra_fields:
-        extension["timing"] = last.timings
-    return extension
-
-
-def chat_logprobs(positions: list[PositionLogprobs]) -> list[dict[str, Any]]:
-    return [
-        {**_entry(position.chosen), "top_logprobs": [_entry(entry) for entry in position.top]}
-        for position in positions
-    ]
-
-
-def _entry(entry: LogprobEntry) -> dict[str, Any]:
-    return {"token": entry.token, "logprob": _finite(entry.logprob), "bytes": entry.bytes}
+def chat_logprobs(positions: list[PositionLogprobs]) -> ChatLogprobs:
+    return ChatLogprobs(
+        [
+            ChatPosition(
+                token=position.chosen.token,
+                logprob=_finite(position.chosen.logprob),
+                bytes=position.chosen.bytes,
+                top_logprobs=[
+                    ChatToken(entry.token, _finite(entry.logprob), entry.bytes)
+                    for entry in position.top
+                ],
+            )
+            for position in positions
+        ]
+    )
 
 
 def _finite(logprob: float) -> float:
@@ -178,17 +203,17 @@ class TextOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def logprobs(self, positions: list[PositionLogprobs]) -> dict[str, Any]:
+    def logprobs(self, positions: list[PositionLogprobs]) -> CompletionLogprobs:
         offsets = []
         for position in positions:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(bytes(position.chosen.bytes)))
-        return {
-            "tokens": [position.chosen.token for position in positions],
-            "token_logprobs": [_finite(position.chosen.logprob) for position in positions],
-            "top_logprobs": [_by_token(position) for position in positions],
-            "text_offset": offsets,
-        }
+        return CompletionLogprobs(
+            tokens=[position.chosen.token for position in positions],
+            token_logprobs=[_finite(position.chosen.logprob) for position in positions],
+            top_logprobs=[_by_token(position) for position in positions],
+            text_offset=offsets,
+        )
 
 
 def _by_token(position: PositionLogprobs) -> dict[str, float]:

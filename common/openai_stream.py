@@ -5,7 +5,7 @@ time on. All but the text is the same in every chunk of an answer, so it is enco
 whatever is ready leaves as one bytes object.
 
 Source of the shapes: https://platform.openai.com/docs/api-reference/chat/streaming. Chunks
-have no `system_fingerprint`, as in `openai_responses`.
+have no `system_fingerprint`, as in `openai_objects`.
 """
 
 import time
@@ -15,13 +15,14 @@ from common.openai_requests import ChatCompletionRequest, CompletionRequest
 from common.openai_responses import (
     TextOffsets,
     chat_logprobs,
+    extension,
     failure,
-    nvext_json,
-    usage_json,
+    usage_object,
 )
 from common.protocol import TextOutput
 
 import msgspec
+from msgspec import UNSET
 
 DONE = b"data: [DONE]\n\n"
 
@@ -50,9 +51,9 @@ class ChatStream:
             return start + sse_error(error)
         events = start
         if output.logprobs:
-            logprobs = {"content": chat_logprobs(output.logprobs), "refusal": None}
             body = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null'
-            events += self._frame.choice(body % (_encode(output.text), _encode(logprobs)))
+            logprobs = _encode(chat_logprobs(output.logprobs))
+            events += self._frame.choice(body % (_encode(output.text), logprobs))
         elif output.text:
             events += self._head + _encode(output.text) + self._tail
         if output.finish_reason is not None:
@@ -115,13 +116,13 @@ class _Frame:
 
     def end(self, output: TextOutput, body: bytes) -> bytes:
         """The last events: the finish reason, the token counts, `[DONE]`."""
-        extension = nvext_json(self._extra_fields, output)
+        nvext = extension(self._extra_fields, output)
         events = [self.choice_head, body, b',"finish_reason":', _encode(output.finish_reason), b"}"]
         events.append(self._after_choices)
-        if extension:
-            events += [b',"nvext":', _encode(extension)]
+        if nvext is not UNSET:
+            events += [b',"nvext":', _encode(nvext)]
         events.append(b"}\n\n")
         if self._include_usage and output.usage is not None:
-            events += [self._head, b'],"usage":', _encode(usage_json(output.usage)), b"}\n\n"]
+            events += [self._head, b'],"usage":', _encode(usage_object(output.usage)), b"}\n\n"]
         events.append(DONE)
         return b"".join(events)

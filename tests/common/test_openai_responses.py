@@ -10,11 +10,13 @@ from common.openai import (
     CompletionStream,
     chat_response,
     completion_response,
+    model_document,
     model_list,
     parse_chat,
     parse_completion,
 )
 from common.protocol import (
+    EngineInfo,
     EngineTimings,
     ErrorInfo,
     LogprobEntry,
@@ -328,11 +330,31 @@ def test_cancelled_is_an_error() -> None:
         assert chunks[-1]["error"]["code"] == "unavailable"
 
 
+ENGINE = EngineInfo("m", backend="llamacpp", context_length=8, block_size=4, total_blocks=2)
+CREATED = 1_700_000_000
+CARD = {"id": "m", "object": "model", "created": CREATED, "owned_by": "dynamo-pipelines"}
+
+
 def test_models() -> None:
-    models = model_list(["m"], created=1_700_000_000).model_dump()
-    card = {"id": "m", "object": "model", "created": 1_700_000_000, "owned_by": "dynamo-pipelines"}
-    assert models == {"object": "list", "data": [card]}
-    validated(Model, card, set())
+    assert model_list(ENGINE, CREATED).model_dump() == {"object": "list", "data": [CARD]}
+    assert model_document(ENGINE, "m", CREATED).model_dump() == CARD
+    validated(Model, CARD, set())
+
+
+def test_simulated_models_are_not_passed_off_as_real() -> None:
+    simulated = msgspec.structs.replace(ENGINE, simulated=True)
+    for card in (model_document(simulated, "m", 1), *model_list(simulated, 1).data):
+        assert card.owned_by == "simulated"
+
+
+@pytest.mark.parametrize("name", ["gpt-9", "", "m\n2026 INFO forged", "x" * 10_000])
+def test_a_model_that_is_not_there(name: str) -> None:
+    with pytest.raises(PipelineError, match=r"does not exist; 'm' does") as caught:
+        model_document(ENGINE, name, 1)
+    info = caught.value.info
+    assert (info.kind, info.param) == ("model_not_found", "model")
+    assert info.message.isprintable()
+    assert len(info.message) < 200
 
 
 def test_encoded_chunk_is_what_a_plain_encoder_makes() -> None:
