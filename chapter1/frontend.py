@@ -1,28 +1,36 @@
 """The frontend component: OpenAI's HTTP API, answered by the processor.
 
 POST /v1/chat/completions and /v1/completions (streamed as server-sent events or whole),
-GET /v1/models, /health (503 until the components behind it answer), /live, /metrics, and a chat
-page at /. The same chat is served to other components as `frontend.chat_completions`.
+GET /v1/models and /v1/models/{id}, /health (503 until the components behind it answer), /live,
+/metrics, and a chat page at /. Other components get the same chat as `frontend.chat_completions`.
 """
 
 import argparse
 import asyncio
 import importlib.resources
-import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from common.answer import Answer, json_error
+from common.answer import Answer
 from common.dispatch import dispatch
 from common.frontend_metrics import FrontendMetrics
-from common.http import http_server, no_route, read_body, unexpected_error
+from common.http import http_server, listen
+from common.http_arguments import add_http_arguments
+from common.http_errors import EXCEPTION_HANDLERS, outcome
+from common.http_requests import read_body, refuse_other_sites, with_request_id
 from common.openai import (
+    CHAT_RESPONSES,
+    COMPLETION_RESPONSES,
+    MODEL_LIST_RESPONSES,
+    MODEL_RESPONSES,
     ChatCompletionRequest,
     ChatStream,
     CompletionRequest,
+    client_error,
     error_response,
+    model_document,
     model_list,
     parse_chat,
     parse_completion,
@@ -33,7 +41,6 @@ from common.protocol import (
     EngineInfo,
     InfoOutput,
     PipelineError,
-    ProcessRequest,
     TextOutput,
     from_wire,
     hop_error,
@@ -46,7 +53,7 @@ import msgspec
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 CHAIN_CHECK_S = 0.5
 PAGE = importlib.resources.files("common").joinpath("static/index.html")
@@ -56,17 +63,20 @@ PAGE = importlib.resources.files("common").joinpath("static/index.html")
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
     processor = await runtime.endpoint(f"{args.namespace}.processor.process").client()
     processor_info = await runtime.endpoint(f"{args.namespace}.processor.info").client()
+    metrics = FrontendMetrics()
 
     async def chat_completions(request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """OpenAI's request in, OpenAI's chunks out, for callers inside the pipeline."""
+        endpoint, limit = "frontend.chat_completions", args.max_in_flight
         try:
-            body = {**request, "stream": True} if isinstance(request, dict) else request
-            chat = parse_chat(msgspec.json.encode(body))
-            events = ChatStream(context.id() or uuid.uuid4().hex, chat)
-            async for output in ask_processor(processor, to_process_request(chat), context):
-                for event in events.chunk(output).split(b"\n\n"):
-                    if event not in (b"", b"data: [DONE]"):
-                        yield msgspec.json.decode(event.removeprefix(b"data: "))
+            with metrics.request(endpoint, limit, context) as measured:
+                body = {**request, "stream": True} if isinstance(request, dict) else request
+                chat = parse_chat(msgspec.json.encode(body))
+                events = ChatStream(context.id() or uuid.uuid4().hex, chat)
+                async for output in measured.observed(ask_processor(processor, chat, context)):
+                    for event in events.chunk(output).split(b"\n\n"):
+                        if event not in (b"", b"data: [DONE]"):
+                            yield msgspec.json.decode(event.removeprefix(b"data: "))
         except PipelineError as error:
             yield error_response(error.info)[1]
 
@@ -80,69 +90,77 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             else:
                 return
 
-    app = build_app(processor, processor_info, life, args)
     try:
-        async with http_server(app, args.host, args.port) as server:
-            log.info("listening on http://%s:%d", args.host, server.port)
-            await life.serve(
-                runtime,
-                {f"{args.namespace}.frontend.chat_completions": chat_completions},
-                ready=chain_answers,
-                draining=server.drain,
-            )
+        listener = listen(args.host, args.port)
     except OSError as error:
         raise ComponentError(f"cannot listen on {args.host}:{args.port}: {error}") from error
+    app = build_app(processor, processor_info, metrics, life, args)
+    async with http_server(app, listener) as server:
+        log.info("listening on %s", server.url)
+        await life.serve(
+            runtime,
+            {f"{args.namespace}.frontend.chat_completions": chat_completions},
+            ready=chain_answers,
+            draining=server.drain,
+        )
 
 
 def build_app(
-    processor: Client, processor_info: Client, life: Lifecycle, args: argparse.Namespace
-) -> FastAPI:
+    processor: Client,
+    processor_info: Client,
+    metrics: FrontendMetrics,
+    life: Lifecycle,
+    args: argparse.Namespace,
+) -> ASGIApp:
     """The HTTP API on top of the processor's endpoints."""
     app = FastAPI(
-        title="Dynamo pipelines, chapter 1",
-        version="1",
-        exception_handlers={HTTPException: no_route, Exception: unexpected_error},
+        title="Dynamo pipelines, chapter 1", version="1", exception_handlers=EXCEPTION_HANDLERS
     )
-    metrics = FrontendMetrics()
     started = int(time.time())
 
     async def answer(
         http: Request, parse: Callable[[bytes], ChatCompletionRequest | CompletionRequest]
     ) -> Response:
         endpoint = http.url.path.removeprefix("/v1/")
-        request_id = uuid.uuid4().hex
-        log = request_log(request_id)
+        request_id: str = http.state.request_id
+        measured = metrics.start(endpoint, args.max_in_flight)
         try:
-            if metrics.in_flight >= args.max_in_flight:
-                limit = f"{args.max_in_flight} requests are in flight; try again later."
-                raise PipelineError("overloaded", limit)
-            request = parse(await read_body(http, args.max_body_bytes))
-        except PipelineError as error:
-            log.warning("refused: %s", error)
-            response = json_error(error.info, request_id)
-            metrics.count(endpoint, response.status_code, error.info.kind)
-            return response
-        user = f" for user {request.user}" if request.user else ""
-        log.info("%s, stream=%s%s", endpoint, bool(request.stream), user)
-        context = Context(request_id)
-        outputs = ask_processor(processor, to_process_request(request), context)
-        return Answer(request, request_id, outputs, context, metrics.start(endpoint))
+            refuse_other_sites(http)
+            request = parse(await read_body(http, args.max_body_bytes, args.body_timeout))
+            user = f" for user {request.user}" if request.user else ""
+            request_log(request_id).info("%s, stream=%s%s", endpoint, bool(request.stream), user)
+            context = Context(request_id)
+            outputs = ask_processor(processor, request, context)
+            return Answer(request, request_id, outputs, context, measured)  # it ends `measured`
+        except BaseException as error:
+            measured.end(*outcome(error))
+            raise
 
-    @app.post("/v1/chat/completions", openapi_extra=request_body_docs(ChatCompletionRequest))
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=request_body_docs(ChatCompletionRequest),
+        responses=CHAT_RESPONSES,
+    )
     async def chat(http: Request) -> Response:
         return await answer(http, parse_chat)
 
-    @app.post("/v1/completions", openapi_extra=request_body_docs(CompletionRequest))
+    @app.post(
+        "/v1/completions",
+        openapi_extra=request_body_docs(CompletionRequest),
+        responses=COMPLETION_RESPONSES,
+    )
     async def completion(http: Request) -> Response:
         return await answer(http, parse_completion)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=MODEL_LIST_RESPONSES)
     async def models() -> Response:
-        try:
-            info = await engine_info(processor_info)
-        except PipelineError as error:
-            return json_error(error.info, uuid.uuid4().hex)
-        return JSONResponse(model_list([info.model], started).model_dump())
+        info = await engine_info(processor_info)
+        return JSONResponse(model_list(info, started).model_dump())
+
+    @app.get("/v1/models/{model_id:path}", responses=MODEL_RESPONSES)
+    async def model(model_id: str) -> Response:
+        info = await engine_info(processor_info)
+        return JSONResponse(model_document(info, model_id, started).model_dump())
 
     @app.get("/health")
     async def health() -> Response:
@@ -166,11 +184,11 @@ def build_app(
     async def page() -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html")
 
-    return app
+    return with_request_id(app)
 
 
 async def ask_processor(
-    processor: Client, request: ProcessRequest, context: Context
+    processor: Client, request: ChatCompletionRequest | CompletionRequest, context: Context
 ) -> AsyncGenerator[TextOutput, None]:
     """The processor's items; the last one has the finish reason, or this raises.
 
@@ -181,8 +199,8 @@ async def ask_processor(
         PipelineError: the request failed, at any point of the stream.
     """
     last: TextOutput | None = None
+    wire = to_wire(to_process_request(request))
     try:
-        wire = to_wire(request)
         async for item in dispatch(
             lambda: processor.round_robin(wire, annotated=False, context=context), context
         ):
@@ -198,7 +216,7 @@ async def ask_processor(
     if last is None:
         raise PipelineError("unavailable", "The processor ended the stream too early.")
     if last.error is not None:
-        raise PipelineError.of(last.error)
+        raise PipelineError.of(client_error(request, last.error))
     yield last
 
 
@@ -219,28 +237,11 @@ async def engine_info(processor_info: Client, *, wait: bool = False) -> EngineIn
 
 
 def parse_args() -> argparse.Namespace:
-    env = os.environ.get
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser)
-    parser.add_argument("--host", default=env("HOST", "127.0.0.1"), help="(env HOST, %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=int(env("PORT", "8000")), help="(env PORT, %(default)s)"
-    )
-    parser.add_argument(
-        "--max-in-flight",
-        type=int,
-        default=int(env("MAX_IN_FLIGHT", "1024")),
-        help="requests answered at once; more get a 429 (env MAX_IN_FLIGHT, %(default)s)",
-    )
-    parser.add_argument(
-        "--max-body-bytes",
-        type=int,
-        default=int(env("MAX_BODY_BYTES", str(512 * 1024))),
-        help="a longer request gets a 413; NATS carries at most 1 MiB unless configured "
-        "otherwise (env MAX_BODY_BYTES, %(default)s)",
-    )
+    add_http_arguments(parser)
     return parser.parse_args()
 
 

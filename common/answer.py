@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 from common.frontend_metrics import RequestMetrics
 from common.http import client_gone
+from common.http_errors import CANCELLED, json_error, outcome
 from common.openai import (
     ChatCompletionRequest,
     ChatStream,
@@ -12,16 +13,14 @@ from common.openai import (
     CompletionStream,
     chat_response,
     completion_response,
-    error_response,
 )
-from common.protocol import ErrorInfo, PipelineError, TextOutput
+from common.protocol import PipelineError, TextOutput
 from common.telemetry import request_log
 
 from dynamo.runtime import Context
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-RETRY_AFTER_S = 1
 STREAM_END_S = 1.0
 
 
@@ -51,16 +50,21 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(scope, receive, send))
         gone = asyncio.ensure_future(client_gone(receive))
-        status, error_kind = 499, None
+        status: int
+        error_kind: str | None
         try:
             await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 status, error_kind = sending.result()
             else:
+                status, error_kind = CANCELLED
                 request_log(self.request_id).info("the client is gone; cancelled")
                 self.context.stop_generating()
                 # The stream ends by itself now; to drop it would look like a broken instance.
                 await asyncio.wait([sending], timeout=STREAM_END_S)
+        except BaseException as error:
+            status, error_kind = outcome(error)
+            raise
         finally:
             self.context.stop_generating()
             self.metrics.end(status, error_kind)
@@ -77,7 +81,7 @@ class Answer(Response):
             response = self._document([first, *[output async for output in self.outputs]])
         except PipelineError as error:
             self._log_failure("failed", error)
-            response = json_error(error.info, self.request_id)
+            response = json_error(error.info)
             await response(scope, receive, send)
             return response.status_code, error.info.kind
         await response(scope, receive, send)
@@ -93,7 +97,6 @@ class Answer(Response):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
-            (b"x-request-id", self.request_id.encode()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         error_kind = None
@@ -117,14 +120,4 @@ class Answer(Response):
             body = chat_response(self.request_id, self.request, outputs)
         else:
             body = completion_response(self.request_id, self.request, outputs)
-        headers = {"x-request-id": self.request_id}
-        return Response(body, media_type="application/json", headers=headers)
-
-
-def json_error(info: ErrorInfo, request_id: str) -> JSONResponse:
-    """A failure as status code and JSON, with Retry-After where trying again may help."""
-    status, body = error_response(info)
-    headers = {"x-request-id": request_id}
-    if info.kind in ("overloaded", "unavailable"):
-        headers["retry-after"] = str(RETRY_AFTER_S)
-    return JSONResponse(body, status, headers)
+        return Response(body, media_type="application/json")

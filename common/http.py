@@ -1,18 +1,16 @@
-"""The HTTP side of a frontend: a server that our lifecycle owns, and a bounded request body."""
+"""The HTTP side of a frontend: a server that our lifecycle owns, with bounds on what comes in."""
 
 import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 
-from common.openai import error_response
-from common.protocol import ErrorInfo, PipelineError
-
 import uvicorn
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEADER_BYTES = 64 * 1024
+CLOSE_S = 2.0
 
 
 class _Server(uvicorn.Server):
@@ -23,77 +21,81 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's parser, which would keep a request's headers and trailers whatever their size."""
+
+    beside_body = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.beside_body += len(data)
+        super().data_received(data)
+        if self.beside_body > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are over the limit of {MAX_HEADER_BYTES} bytes.")
+
+    def on_body(self, body: bytes) -> None:
+        self.beside_body -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.beside_body = 0
+        super().on_message_complete()
+
+
 class HttpServer:
-    """A running server; `drain` stops accepting and waits for the requests in flight."""
+    """A running server, at `url`."""
 
     def __init__(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        self.port: int = listener.getsockname()[1]
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._server = server
         self._serving = asyncio.create_task(server.serve(sockets=[listener]))
 
     async def drain(self) -> None:
+        """Accept nothing more; return when the requests in flight are answered."""
         self._server.should_exit = True
+        await asyncio.shield(self._serving)  # who gives up waiting does not end the server
+
+    async def close(self) -> None:
+        """End at once, for the requests still in flight as if their clients had left."""
+        self._server.should_exit = True
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.wait([self._serving], timeout=CLOSE_S)
+        self._server.force_exit = True
         await self._serving
 
 
-@contextlib.asynccontextmanager
-async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpServer]:
-    """Serve `app`, listening before this yields; `port` 0 takes a free one.
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; `port` 0 takes a free one.
 
     Raises:
         OSError: the address is in use or not ours.
     """
-    with socket.create_server((host, port), backlog=2048) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+@contextlib.asynccontextmanager
+async def http_server(app: ASGIApp, listener: socket.socket) -> AsyncIterator[HttpServer]:
+    """Serve `app` on `listener` for the length of the block, and close it."""
+    with listener:
         config = uvicorn.Config(
-            app, loop="none", http="httptools", lifespan="off", log_config=None, access_log=False
+            app,
+            loop="none",
+            http=_BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
         )
         server = HttpServer(_Server(config), listener)
         try:
             yield server
         finally:
-            await server.drain()
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        PipelineError: kind `too_large`, as soon as more than `limit` bytes are known to come;
-            kind `invalid_request`, when the client leaves before the end.
-    """
-    too_large = PipelineError("too_large", f"The request body is over the limit of {limit} bytes.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise too_large
-            parts.append(part)
-    except ClientDisconnect as error:
-        message = "The client left before the whole request had come."
-        raise PipelineError("invalid_request", message) from error
-    return b"".join(parts)
+            await server.close()
 
 
 async def client_gone(receive: Receive) -> None:
     """Return when the client has closed the connection; call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def no_route(request: Request, error: Exception) -> Response:
-    """An exception handler: a path or method that does not exist, in OpenAI's error shape."""
-    assert isinstance(error, HTTPException)  # noqa: S101 (what it is registered for)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    _, body = error_response(ErrorInfo("invalid_request", message))
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-async def unexpected_error(request: Request, error: Exception) -> Response:
-    """An exception handler: a fault of the server, in OpenAI's error shape."""
-    status, body = error_response(ErrorInfo("internal", f"Unexpected {type(error).__name__}."))
-    return JSONResponse(body, status)

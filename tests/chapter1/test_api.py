@@ -100,6 +100,7 @@ async def test_paths_and_methods_that_do_not_exist(
 ) -> None:
     response = await api.request(method, path)
     check_error(response, status, f"{method} {path}")
+    assert response.headers["x-request-id"]
     assert status != 405 or response.headers["allow"]
 
 
@@ -207,12 +208,16 @@ async def test_metrics_after_known_traffic(api: httpx.AsyncClient) -> None:
     assert grew('requests_total{endpoint="chat/completions",status="499"}') == 1
     assert grew('errors_total{kind="invalid_request"}') == 1
     assert grew('errors_total{kind="model_not_found"}') == 1
+    assert grew('errors_total{kind="cancelled"}') == 1
     assert grew("time_to_first_token_seconds_count") == 4
-    assert grew("inter_token_latency_seconds_count") > 10
-    assert grew("output_sequence_tokens_sum") == 2 * 5 + 30
-    assert grew("output_sequence_tokens_count") == 3
+    assert grew("output_sequence_tokens_sum") > 2 * 5 + 30, "those of the cancelled one, too"
+    assert grew("output_sequence_tokens_count") == 4
+    assert grew("output_tokens_total") == grew("output_sequence_tokens_sum")
+    intervals = grew("inter_token_latency_seconds_count")
+    assert 20 < intervals < grew("output_tokens_total")
+    assert grew("input_sequence_tokens_count") == 3
     assert grew("input_sequence_tokens_sum") > 128
-    assert grew("cached_tokens_total") >= 48, "the second prompt of 64 tokens was in the cache"
+    assert grew("cached_tokens_sum") >= 48, "the second prompt of 64 tokens was in the cache"
 
 
 async def test_latencies_are_per_token(api: httpx.AsyncClient) -> None:
@@ -230,10 +235,21 @@ async def test_documentation(api: httpx.AsyncClient) -> None:
     assert "swagger" in (await api.get("/docs")).text
     paths = (await api.get("/openapi.json")).json()["paths"]
     assert set(paths) == {
-        *(CHAT, "/v1/completions", "/v1/models", "/health", "/live", "/metrics"),
+        *(CHAT, "/v1/completions", "/v1/models", "/v1/models/{model_id}"),
+        *("/health", "/live", "/metrics"),
     }
     body = paths[CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"messages", "model", "stop", "max_completion_tokens"} <= body["properties"].keys()
+    assert {"200", "400", "404", "413", "429", "503"} <= paths[CHAT]["post"]["responses"].keys()
+
+
+async def test_one_model(api: httpx.AsyncClient) -> None:
+    found = await api.get(f"/v1/models/{MODEL}")
+    assert found.status_code == 200
+    assert found.json() == (await api.get("/v1/models")).json()["data"][0]
+    for other in ("gpt-9", "org/gpt-9"):
+        error = check_error(await api.get(f"/v1/models/{other}"), 404, f"'{other}' does not")
+        assert error["code"] == "model_not_found"
 
 
 async def test_the_page(api: httpx.AsyncClient) -> None:
