@@ -1,7 +1,8 @@
-"""The launcher's command line."""
+"""The launcher's command line. Runs without .venv, for `scripts/run --help`."""
 
 import argparse
 import os
+import re
 
 from launch.chapters import CHAPTERS, Options
 
@@ -46,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--namespace",
         metavar="NAME",
+        type=_namespace,
         default=os.environ.get("DYN_NAMESPACE", Options.namespace),
         help="where the components find each other; keeps pipelines that share NATS and etcd "
         "apart (default: %(default)s, environment variable: DYN_NAMESPACE)",
@@ -54,6 +56,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--verbose", action="store_true", help="show every log line, also while asking"
     )
     return parser.parse_args(arguments)
+
+
+def _namespace(text: str) -> str:
+    # NATS has it in subjects, where dots and spaces separate.
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits, '_' and '-'")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -66,3 +75,7 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port number (1 to 65535)")
     return int(text)
+
+
+if __name__ == "__main__":
+    parse_arguments()

@@ -6,7 +6,6 @@ messages (sd_notify: datagrams to the socket named by NOTIFY_SOCKET) and notices
 needs no event loop, so synchronous code can use a running child as well.
 """
 
-import asyncio
 import os
 import selectors
 import signal
@@ -17,9 +16,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.errors import LaunchError
+from launch.futures import new_future, wait_first
+from launch.output import REQUEST_LINES
 
 if TYPE_CHECKING:
     from launch.children import Children
@@ -35,24 +36,6 @@ REGISTER_AND_EXEC = 'echo $$ >&0; exec "$@" </dev/null'
 
 class ChildFailedError(LaunchError):
     """A child ended or did not become ready; the message has its last lines."""
-
-
-def new_future() -> "Future[Any]":
-    """A future that a waiting coroutine, when cancelled, does not cancel for everyone else."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-async def wait_first(futures: Sequence["Future[Any]"], timeout: float | None = None) -> bool:
-    """Wait until one of `futures` is done; False if none was within `timeout` seconds."""
-    wrapped = [asyncio.wrap_future(future) for future in futures]
-    try:
-        done, _ = await asyncio.wait(wrapped, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for future in wrapped:
-            future.cancel()
-    return bool(done)
 
 
 class Child:
@@ -149,7 +132,8 @@ class Child:
                 if status >= 0
                 else f"was killed by {signal.Signals(-status).name}"
             )
-        lines = "\n".join(f"  {line}" for line in list(self.log)[-SHOWN_LINES:])
+        telling = [line for line in self.log if not any(text in line for text in REQUEST_LINES)]
+        lines = "\n".join(f"  {line}" for line in telling[-SHOWN_LINES:])
         status_text = f" (last status: {self.status})" if self.status else ""
         return ChildFailedError(
             f"{self.name} {what}{status_text}; its last lines:\n{lines or '  (none)'}"
@@ -184,37 +168,47 @@ class Child:
                 os.kill(self._process.pid, number)
 
     def _watch(self, process: "subprocess.Popen[bytes]", notify: socket.socket) -> None:
+        try:
+            self._follow(process, notify)
+        finally:
+            # Also when a line could not be passed on: others wait for this child's end.
+            with self._lock:
+                # Until the leader is reaped, its group's number cannot be anyone else's.
+                os.killpg(process.pid, signal.SIGKILL)
+                status = process.wait()
+            self._owner.on_reaped(self, process.pid)
+            self.exited.set_result(status)
+            if not self.stopping:
+                self._owner.on_failure(self)
+
+    def _follow(self, process: "subprocess.Popen[bytes]", notify: socket.socket) -> None:
+        """Take the child's output and messages until it has ended."""
         assert process.stdout is not None  # noqa: S101 - Popen was told PIPE
         output = process.stdout.fileno()
         os.set_blocking(output, False)
         ended = os.pidfd_open(process.pid)
-        with selectors.DefaultSelector() as selector:
-            for source in (output, notify.fileno(), ended):
-                selector.register(source, selectors.EVENT_READ)
-            sources: set[int] = set()
-            while ended not in sources:
-                sources = {key.fd for key, _ in selector.select()}
-                if notify.fileno() in sources:
-                    self._on_notify(notify.recv(65536).decode(errors="replace"))
-                if output in sources and not self._read_output(output):
-                    selector.unregister(output)
-        with self._lock:
-            # The leader is not reaped yet, so its group's number cannot be anyone else's.
+        try:
+            with selectors.DefaultSelector() as selector:
+                for source in (output, notify.fileno(), ended):
+                    selector.register(source, selectors.EVENT_READ)
+                sources: set[int] = set()
+                while ended not in sources:
+                    sources = {key.fd for key, _ in selector.select()}
+                    if notify.fileno() in sources:
+                        self._on_notify(notify.recv(65536).decode(errors="replace"))
+                    if output in sources and not self._read_output(output):
+                        selector.unregister(output)
+            # What its own children still wrote comes before the end.
             os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        self._read_output(output)
-        if self._unfinished_line:
-            self._on_line(self._unfinished_line)
+            self._read_output(output)
+            if self._unfinished_line:
+                self._on_line(self._unfinished_line)
+        finally:
             self._unfinished_line = b""
-        os.close(ended)
-        process.stdout.close()
-        notify_path = notify.getsockname()
-        notify.close()
-        os.unlink(notify_path)
-        self._owner.on_reaped(self, process.pid)
-        self.exited.set_result(status)
-        if not self.stopping:
-            self._owner.on_failure(self)
+            os.close(ended)
+            process.stdout.close()
+            os.unlink(notify.getsockname())
+            notify.close()
 
     def _read_output(self, output: int) -> bool:
         """Take what the pipe holds; False at its end."""

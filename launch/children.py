@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,9 @@ from types import TracebackType
 from typing import Self
 
 from launch import guard
-from launch.child import Child, ChildFailedError, new_future, wait_first
+from launch.child import Child, ChildFailedError
 from launch.errors import LaunchError
+from launch.futures import new_future, wait_first
 
 OnLine = Callable[[str, str], None]
 
@@ -59,10 +61,14 @@ class Children:
     ) -> None:
         running = list(self._running)
         self.kill_all()
-        for child in running:
-            child.exited.result(timeout=10)
-        os.close(self.guard_pipe)
-        self._guard.wait(timeout=10)
+        try:
+            for child in running:
+                child.exited.result(timeout=10)
+        finally:
+            os.close(self.guard_pipe)
+            self._guard.wait(timeout=10)
+            if self.folder.exists():  # somebody killed the guard
+                shutil.rmtree(self.folder)
 
     def start(
         self,

@@ -8,14 +8,15 @@ import threading
 
 COLOURS = ("36", "32", "33", "35", "34", "31", "96", "92")
 
-# The runtime writes a line per request and hop whatever its log level; NATS tells its life at
-# start, and etcd that its own proxy tried before it listened.
-ROUTINE_LINES = ("route request completed", "request_span", "[INF]", "[core] grpc:")
+# The runtime writes a line per request and hop whatever its log level.
+REQUEST_LINES = ("route request completed", "request_span")
+# NATS tells its life at start, and etcd that its own proxy tried before it listened.
+ROUTINE_LINES = (*REQUEST_LINES, "[INF]", "[core] grpc:")
 
 
 def say(text: str) -> None:
-    """Print a line on standard error; nothing if whoever read it is gone."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print a line on standard error; nothing if its reader is gone or its disk is full."""
+    with contextlib.suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 

@@ -134,11 +134,9 @@ def check_etcd(urls: str) -> None:
     """
     problems = []
     for url in urls.split(","):
-        # The runtime accepts endpoints without a scheme too.
-        with_scheme = url.strip() if "://" in url else f"http://{url.strip()}"
         try:
             answer = httpx.get(
-                f"{with_scheme}/version",
+                f"{url}/version",
                 timeout=CHECK_TIMEOUT,
                 trust_env=False,
                 verify=False,  # noqa: S501 - the runtime itself verifies certificates
@@ -155,7 +153,7 @@ def check_etcd(urls: str) -> None:
 
 
 def _first_line(url: str) -> str:
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    parts = urlsplit(url)
     address = (parts.hostname or LOOPBACK, parts.port or NATS_PORT)
     with (
         socket.create_connection(address, timeout=CHECK_TIMEOUT) as connection,

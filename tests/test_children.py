@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,32 @@ async def test_only_the_last_twenty_lines_are_shown(children: Children) -> None:
         await child.wait_ready()
     lines = str(failure.value).splitlines()
     assert lines[1:] == [f"  line {i}" for i in range(80, 100)]
+
+
+async def test_the_last_lines_are_not_those_about_requests(children: Children) -> None:
+    """The runtime writes one per request and hop; they would hide what happened."""
+    child = children.start(
+        "a", program("print('out of memory')\nfor i in range(99): print('route request completed')")
+    )
+    with pytest.raises(ChildFailedError, match=r"its last lines:\n  out of memory$"):
+        await child.wait_ready()
+
+
+async def test_a_line_that_cannot_be_passed_on_ends_the_child() -> None:
+    """Nobody may wait for ever for a child whose output nobody reads any more."""
+
+    def fail(name: str, line: str) -> None:
+        raise OSError(f"no space left for {line}")
+
+    threads: list[threading.ExceptHookArgs] = []
+    with pytest.MonkeyPatch.context() as patch, Children(fail) as children:
+        patch.setattr(threading, "excepthook", threads.append)
+        child = children.start(
+            "a", program("print('line', flush=True)\nimport signal; signal.pause()")
+        )
+        assert await child.wait(timeout=20) == -signal.SIGKILL
+        assert str(await children.first_failure()).endswith("  line")
+    assert [str(thread.exc_value) for thread in threads] == ["no space left for line"]
 
 
 async def test_a_signal_from_elsewhere_is_a_failure(children: Children) -> None:
@@ -183,6 +210,13 @@ def test_nothing_is_left_when_the_block_ends() -> None:
     assert not children.folder.exists()
     assert not alive(child.pid)
     assert not alive(guard)
+
+
+def test_the_folder_goes_even_when_somebody_killed_the_guard() -> None:
+    with Children() as children:
+        children._guard.kill()
+        children._guard.wait()
+    assert not children.folder.exists()
 
 
 OWNER = """

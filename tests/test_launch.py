@@ -235,13 +235,59 @@ def test_a_crash_of_any_child_stops_everything(folder: Path, name: str) -> None:
 
 
 def test_a_crash_while_starting_shows_the_last_lines(folder: Path) -> None:
-    with launched(folder, "chapter1", "--ask", QUESTION, DRAIN_TIMEOUT="soon") as launcher:
+    """Python itself crashes: the interpreter that the launcher starts finds a broken module."""
+    (folder / "uvloop.py").write_text('raise RuntimeError("broken installation")\n')
+    with launched(folder, "chapter1", "--ask", QUESTION, PYTHONPATH=str(folder)) as launcher:
         assert launcher.wait() == 1
         assert re.search(
-            r"error: \w+ exited with status 1; its last lines:\n(?s:.*)could not convert",
+            r"error: \w+ exited with status 1; its last lines:\n(?s:.*)"
+            r"RuntimeError: broken installation",
             launcher.stderr,
         )
         launcher.check_nothing_left()
+
+
+def test_wrong_settings_of_the_environment(folder: Path) -> None:
+    with launched(folder, *SIMULATED, DYN_NAMESPACE="my space") as launcher:
+        assert launcher.wait() == 2
+        assert "--namespace: 'my space' is not of letters" in launcher.stderr
+        assert "Traceback" not in launcher.stderr
+
+
+def test_the_log_cannot_be_written(folder: Path) -> None:
+    """Standard error on a full disk: it serves all the same, and stops."""
+    command = [sys.executable, "-m", "launch", *SIMULATED, "--verbose"]
+    environment = {**user_environment(), "TMPDIR": str(folder)}
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert "Chat page" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        # The flush at its exit fails too, which Python answers with status 120.
+        assert process.wait(timeout=30) in (0, 120)
+    assert not list(folder.iterdir())
+
+
+def test_ctrl_c_at_once(folder: Path) -> None:
+    """While its own modules are still being imported, of which httpx takes the longest."""
+    (folder / "httpx.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    with launched(folder, *SIMULATED, PYTHONPATH=str(folder)) as launcher:
+        assert launcher.wait(timeout=20) == -signal.SIGINT
+        assert not launcher.stderr
+
+
+def test_an_answer_on_an_ascii_terminal(folder: Path) -> None:
+    arguments = (*SIMULATED, "--ask", "eins · zwei", "--ask", "three")
+    with launched(folder, *arguments, PYTHONIOENCODING="ascii") as launcher:
+        assert launcher.wait() == 0, launcher.stderr
+        assert "> eins ? zwei\n" in launcher.stdout
+        assert "tokens/s ? " in launcher.stdout
 
 
 def test_kill_9_of_the_launcher_leaves_nothing(folder: Path) -> None:
@@ -285,7 +331,8 @@ def test_servers_of_the_environment_are_used(
     folder: Path, servers: dict[str, str], namespace: str
 ) -> None:
     arguments = (*SIMULATED, "--namespace", namespace, "--ask", QUESTION)
-    with launched(folder, *arguments, **servers) as launcher:
+    addresses = {name: url.partition("://")[2] for name, url in servers.items()}
+    with launched(folder, *arguments, **addresses) as launcher:
         launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
         commands = [" ".join(child.cmdline()) for child in launcher.children]
         assert not [command for command in commands if "nats-server" in command]
@@ -295,10 +342,19 @@ def test_servers_of_the_environment_are_used(
 
 @pytest.mark.parametrize("variable", ["NATS_SERVER", "ETCD_ENDPOINTS"])
 def test_a_server_of_the_environment_that_does_not_answer(folder: Path, variable: str) -> None:
+    scheme = {"NATS_SERVER": "nats", "ETCD_ENDPOINTS": "http"}[variable]
     address = f"{LOOPBACK}:{free_port()}"
     with launched(folder, *SIMULATED, **{variable: address}) as launcher:
         assert launcher.wait() == 1
-        assert f"error: {variable}={address}: " in launcher.stderr
+        assert f"error: {variable}={scheme}://{address}: " in launcher.stderr
+        launcher.check_nothing_left()
+
+
+def test_what_is_no_address_of_a_server(folder: Path) -> None:
+    addresses = "nats://one:4222,nats://two:4222"
+    with launched(folder, *SIMULATED, NATS_SERVER=addresses) as launcher:
+        assert launcher.wait() == 1
+        assert f"error: NATS_SERVER={addresses} is not like nats://" in launcher.stderr
         launcher.check_nothing_left()
 
 
@@ -309,6 +365,8 @@ def test_a_server_of_the_environment_that_does_not_answer(folder: Path, variable
         (["chapter1", "--model", "/no/such.gguf"], 1, "--model: model '/no/such.gguf' is neither"),
         (["chapter1", "--engines", "0"], 2, "--engines: '0' is not a whole number of at least 1"),
         (["chapter1", "--port", "65536"], 2, "--port: '65536' is not a port number"),
+        (["chapter1", "--port", "99999"], 2, "--port: '99999' is not a port number (1 to 65535)"),
+        (["chapter1", "--namespace", "a.b"], 2, "--namespace: 'a.b' is not of letters, digits"),
         (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
     ],
 )

@@ -90,7 +90,7 @@ PRODUCT_FILES = [path for path in PYTHON_FILES if part_of(path) in PRODUCT]
 
 
 def test_there_are_files_to_check() -> None:
-    assert {"common/protocol.py", "launch/__main__.py"} <= set(PRODUCT_FILES)
+    assert {"common/protocol.py", "launch/launcher.py"} <= set(PRODUCT_FILES)
 
 
 @pytest.mark.parametrize("path", IMPORTING_FILES)
