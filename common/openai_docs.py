@@ -21,7 +21,9 @@ Responses = dict[int | str, dict[str, Any]]
 
 _ERRORS = {
     400: "A parameter is wrong, missing, unknown or not supported; `param` names it.",
+    403: "The request comes from a web page of another site.",
     404: "The model does not exist.",
+    408: "The body did not come in time.",
     413: "The body is over the server's limit.",
     429: "The server is full; try again later.",
     500: "The server failed.",
@@ -61,11 +63,18 @@ def _responses(description: str, content: dict[str, Any], *errors: int) -> Respo
 
 
 def _answer(schema: dict[str, Any]) -> Responses:
-    events = {"schema": {"type": "string"}}
+    data = {
+        "type": "string",
+        "description": "A chunk of the answer as JSON, as OpenAI's API has it; at last `[DONE]`. "
+        "A stream that fails ends with the JSON of an error instead.",
+    }
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     return _responses(
-        "The answer; with `stream: true` as server-sent events, each `data:` a chunk in JSON, the "
-        "last one `[DONE]`. A stream that fails ends with an event that has an `error` instead.",
-        {"application/json": {"schema": _inlined(schema)}, "text/event-stream": events},
+        "The answer; with `stream: true` as server-sent events.",
+        {
+            "application/json": {"schema": _inlined(schema)},
+            "text/event-stream": {"itemSchema": event},  # from OpenAPI 3.2; FastAPI's own too
+        },
         *_ERRORS,
     )
 

@@ -112,6 +112,51 @@ def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
+def test_one_model(client: openai.OpenAI) -> None:
+    model = client.models.retrieve(MODEL)
+    assert (model.id, model.owned_by) == (MODEL, "simulated")
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist"):
+        client.models.retrieve("gpt-9")
+
+
+def test_parameters_that_ask_for_nothing(client: openai.OpenAI) -> None:
+    """What frameworks send with every request."""
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        max_completion_tokens=3,
+        store=False,
+        metadata={},
+        service_tier="auto",
+        modalities=["text"],
+        tools=[],
+        tool_choice="auto",
+        parallel_tool_calls=True,
+        top_p=0,
+        n=1,
+    )
+    assert answer.choices[0].message.content
+
+
+def test_errors_of_the_engine_have_the_names_that_the_client_sent(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens is") as limit:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, max_completion_tokens=8192)
+    assert limit.value.param == "max_completion_tokens"
+    with pytest.raises(openai.BadRequestError) as schema:
+        client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, response_format={"type": "json_object"}, stream=True
+        )
+    assert schema.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as prompt:
+        client.completions.create(model=MODEL, prompt=[1] * 9000)
+    assert prompt.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError) as messages:
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x " * 9000}]
+        )
+    assert messages.value.param == "messages"
+
+
 def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist") as not_found:
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
