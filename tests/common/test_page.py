@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from common.openai import ChatStream, error_response, model_list, parse_chat
+from common.openai import ChatStream, error_response, parse_chat
 from common.protocol import (
     ChatMessage,
+    EngineInfo,
     EngineTimings,
     ErrorInfo,
     PipelineError,
     TextOutput,
     Timings,
     Usage,
+    to_wire,
 )
 
 import playwright.sync_api as pw
@@ -48,7 +50,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.healthy = True
+        self.engine: EngineInfo | None = EngineInfo(MODEL, "llamacpp", 8192, 16, 512)
         self.refusal: ErrorInfo | None = None
         self.outputs: list[TextOutput] = []
         self.pause_at: int | None = None
@@ -67,11 +69,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             page = importlib.resources.files("common").joinpath("static/index.html")
             self.answer(200, page.read_bytes(), "text/html")
-        elif self.path == "/health":
-            self.answer(200 if self.server.healthy else 503, b"{}")
         else:
-            assert self.path == "/v1/models"
-            self.answer(200, model_list([MODEL], 0).model_dump_json().encode())
+            assert self.path == "/health"
+            engine = self.server.engine
+            document = {"engine": to_wire(engine)} if engine else {"status": "unavailable"}
+            self.answer(200 if engine else 503, json.dumps(document).encode())
 
     def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
@@ -341,13 +343,40 @@ def test_model_text_is_never_html(page: pw.Page, server: FakeServer) -> None:
 
 def test_banner_while_the_pipeline_is_not_ready(page: pw.Page, server: FakeServer) -> None:
     banner = page.locator("#banner")
+    pw.expect(page.locator("#model")).to_have_text(MODEL)
     pw.expect(banner).to_be_hidden()
-    server.healthy = False
+    engine, server.engine = server.engine, None
     page.reload()
     pw.expect(banner).to_contain_text("not ready")
-    server.healthy = True
+    server.engine = engine
     pw.expect(banner).to_be_hidden()
     pw.expect(page.locator("#model")).to_have_text(MODEL)
+
+
+def test_banner_of_a_simulated_engine(page: pw.Page, server: FakeServer) -> None:
+    """Nobody is to take its words for a model's; that it is not ready comes first."""
+    banner = page.locator("#banner")
+    server.engine = EngineInfo(MODEL, "simulated", 8192, 16, 512, simulated=True)
+    page.reload()
+    pw.expect(banner).to_contain_text("Simulated engine")
+    server.outputs = [last("ok")]
+    ask(page, "Hi")
+    pw.expect(answer(page).locator(".bar")).to_be_visible()
+    pw.expect(banner).to_contain_text("Simulated engine")
+
+
+def test_a_restart_with_another_model(page: pw.Page, server: FakeServer) -> None:
+    """The page asks for the model that is there now, without a reload."""
+    pw.expect(page.locator("#model")).to_have_text(MODEL)
+    server.engine = EngineInfo("other", "llamacpp", 8192, 16, 512)
+    server.refusal = ErrorInfo("model_not_found", f"The model '{MODEL}' does not exist.", "model")
+    ask(page, "Hi")
+    pw.expect(answer(page).locator(".error")).to_have_text(server.refusal.message)
+    pw.expect(page.locator("#model")).to_have_text("other")
+    server.refusal, server.outputs = None, [last("Hello.")]
+    page.get_by_role("button", name="Send").click()
+    pw.expect(answer(page).locator(".text")).to_have_text("Hello.")
+    assert [request["model"] for request in server.requests] == [MODEL, "other"]
 
 
 def test_keyboard(page: pw.Page, server: FakeServer) -> None:
