@@ -1,5 +1,9 @@
 """Creates .venv and installs the project with its pinned versions; called by scripts/setup.
 
+    python3 setup_venv.py base|dev STAMP [COMMAND ...]
+
+It then becomes COMMAND, so that a signal to the script that was called reaches whatever runs.
+
 Needs nothing but Python's standard library. Processes that run it at the same time wait for
 each other, and a .venv whose installation was interrupted is made anew.
 """
@@ -7,7 +11,9 @@ each other, and a .venv whose installation was interrupted is made anew.
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,8 +36,27 @@ PIP_SETTINGS = {
 }
 
 
+# What pip says, in one place or another, when it does not reach the package index.
+NO_NETWORK = re.compile(
+    r"connection broken|NewConnectionError|Max retries|name resolution|timed out"
+)
+
+
 def main() -> None:
-    extra, stamp = sys.argv[1:]
+    extra, stamp, *command = sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, interrupt)
+    set_up(extra, stamp)
+    if command:
+        os.execv(command[0], command)  # noqa: S606 - there is nothing for a shell to do
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def set_up(extra: str, stamp: str) -> None:
     stamp_file = VENV / f".setup-{extra}"
     LOCK.parent.mkdir(exist_ok=True)
     with LOCK.open("w") as lock:
@@ -113,19 +138,28 @@ def pip_install(*arguments: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # to end what pip has started as well
     ) as pip:
         output = []
-        for line in pip.stdout or ():
-            output.append(line)
-            words = line.split()
-            if words[:1] == ["Downloading"] and words[-1] == "MB)":
-                say(f"  {line.strip()}")
-            elif words[:2] == ["Installing", "collected"]:
-                say(f"  Installing {len(line.split(','))} package(s)")
+        try:
+            for line in pip.stdout or ():
+                output.append(line)
+                words = line.split()
+                if words[:1] == ["Downloading"] and words[-1] == "MB)":
+                    say(f"  {line.strip()}")
+                elif words[:2] == ["Installing", "collected"]:
+                    say(f"  Installing {len(line.split(','))} package(s)")
+        except KeyboardInterrupt:
+            os.killpg(pip.pid, signal.SIGTERM)
+            raise
     if pip.returncode > 0:
         UNFINISHED.unlink()  # it gave up by itself, and undid what it had begun
     if pip.returncode != 0:
-        sys.exit(f"{''.join(output)}error: pip could not install the project; see above")
+        text = "".join(output)
+        why = "see above"
+        if NO_NETWORK.search(text):
+            why = "it does not reach the package index: is there a network, or a proxy to name?"
+        sys.exit(f"{text}error: pip could not install the project; {why}")
 
 
 def say(text: str) -> None:
@@ -137,3 +171,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the next run starts the installation again")
+    except OSError as error:
+        sys.exit(f"error: cannot set up .venv: {error}")

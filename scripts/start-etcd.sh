@@ -3,6 +3,13 @@
 # etcd. Instances that an earlier run left in it would confuse a new one, so it starts empty.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-"$root/scripts/setup"
-rm -rf "$root/.cache/etcd"
-exec "$root/.venv/bin/etcd" --data-dir "$root/.cache/etcd" --log-level warn "$@"
+mkdir -p "$root/.cache"
+# An etcd holds a lock on its folder; those without one are left from earlier runs.
+for folder in "$root"/.cache/etcd.*; do
+    [ ! -d "$folder" ] || flock -n "$folder" rm -rf "$folder" || true
+done
+folder=$(mktemp -d "$root/.cache/etcd.XXXXXX")
+exec 9<"$folder"
+flock 9
+exec "$root/scripts/setup" base \
+    "$root/.venv/bin/etcd" --data-dir "$folder" --log-level warn "$@"

