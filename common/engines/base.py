@@ -1,7 +1,7 @@
 """The interface of every engine backend."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol
 
 from common.kv import KvEvent
@@ -14,6 +14,8 @@ class RequestContext(Protocol):
     def id(self) -> str | None: ...
 
     def is_stopped(self) -> bool: ...
+
+    def async_killed_or_stopped(self) -> Awaitable[bool]: ...
 
 
 class Engine(Protocol):

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from common.engines.base import RequestContext
 from common.engines.block_cache import BlockCache
 from common.engines.grammar import GrammarCompiler
 from common.engines.inference_loop import Delivery, InferenceLoop
+from common.engines.json_schema import check_schema_size
 from common.engines.llama_capi import Vocab
 from common.engines.llama_context import ContextSize, LlamaContext
 from common.engines.llamacpp_settings import LlamaCppSettings
@@ -24,6 +24,9 @@ from common.protocol import (
     GenerateRequest,
     PipelineError,
 )
+
+import msgspec
+from llguidance import LLMatcher
 
 __all__ = ["LlamaCppEngine", "LlamaCppSettings"]
 
@@ -47,7 +50,6 @@ class LlamaCppEngine:
         self._open: set[ScheduledRequest] = set()
         self._clearing: set[asyncio.Future[None]] = set()
         self._grammars = GrammarCompiler(settings.model)
-        self._compilations = ThreadPoolExecutor(2, thread_name_prefix="json-schema")
         self._inference = InferenceLoop(
             settings.worker_id,
             load=self._load,
@@ -78,7 +80,9 @@ class LlamaCppEngine:
         self._cache.subscribe(callback)
 
     def metrics(self) -> EngineMetrics:
-        return self._inference.metrics
+        """The load; a request whose JSON schema is being compiled counts as waiting."""
+        metrics = self._inference.metrics
+        return msgspec.structs.replace(metrics, waiting=metrics.waiting + self._grammars.compiling)
 
     def generate(
         self, request: GenerateRequest, context: RequestContext
@@ -86,11 +90,12 @@ class LlamaCppEngine:
         """See `Engine.generate`; `json_schema` excludes `min_tokens` and `ignore_eos`."""
         self._check_open()
         sampling = request.sampling
-        for name in ("min_tokens", "ignore_eos"):
-            if sampling.json_schema is not None and getattr(sampling, name):
-                raise PipelineError(
-                    "invalid_request", f"{name} cannot be combined with a JSON schema", name
-                )
+        if sampling.json_schema is not None:
+            check_schema_size(sampling.json_schema)
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(sampling, name):
+                    message = f"{name} cannot be combined with a JSON schema"
+                    raise PipelineError("invalid_request", message, name)
         scheduled = schedule(
             request,
             context,
@@ -120,11 +125,11 @@ class LlamaCppEngine:
     async def close(self) -> None:
         """Stop the engine and free its memory; running requests end as cancelled."""
         self._closing = True
-        await asyncio.to_thread(self._compilations.shutdown)
+        self._grammars.stop()
         self._inference.stop()
         await self._ended.wait()
         await asyncio.to_thread(self._inference.join)
-        self._grammars.close()
+        await asyncio.to_thread(self._grammars.close)
 
     def _check_open(self) -> None:
         if self.failed.done():
@@ -133,14 +138,31 @@ class LlamaCppEngine:
             raise PipelineError("unavailable", "the engine is closed")
 
     async def _submit(self, request: ScheduledRequest) -> None:
+        self._check_open()
         matcher = None
         if request.sampling.json_schema is not None:
-            matcher = await self._event_loop.run_in_executor(
-                self._compilations, self._grammars.compile, request.sampling.json_schema
-            )
+            matcher = await self._compile(request, request.sampling.json_schema)
+            if matcher is None:
+                request.stream.put(self._cancelled(request))
+                return
         self._check_open()
         self._open.add(request)
         self._inference.submit(request, matcher)
+
+    async def _compile(self, request: ScheduledRequest, json_schema: str) -> LLMatcher | None:
+        """The matcher for the request's schema; None when it is stopped before that is made."""
+        limit = self._settings.max_running + self._settings.max_waiting
+        if len(self._open) + self._grammars.compiling >= limit:
+            raise PipelineError(
+                "overloaded",
+                f"the engine is full: it has {len(self._open)} requests and compiles the JSON "
+                f"schemas of {self._grammars.compiling} more, the most it takes is {limit}",
+            )
+        stopped = request.context.async_killed_or_stopped()
+        return await self._grammars.compile_unless(stopped, json_schema)
+
+    def _cancelled(self, request: ScheduledRequest) -> EngineOutput:
+        return request.item(self._settings.worker_id, [], finish_reason="cancelled")
 
     def _load(self) -> tuple[LlamaContext, Scheduler]:
         """Runs on the engine's thread, like all that touches llama.cpp's context."""
@@ -204,8 +226,7 @@ class LlamaCppEngine:
             if error is not None:
                 request.stream.fail(_failure(error))
             else:
-                worker_id = self._settings.worker_id
-                request.stream.put(request.item(worker_id, [], finish_reason="cancelled"))
+                request.stream.put(self._cancelled(request))
         self._open.clear()
         for cleared in self._clearing:
             if not cleared.done():

@@ -8,9 +8,11 @@ import random
 import secrets
 from collections import Counter
 
+from common.engines.grammar import matcher_error
+from common.engines.json_schema import schema_error
 from common.engines.llama_context import LlamaContext
 from common.engines.scheduled_request import ScheduledRequest
-from common.protocol import PipelineError, SamplingParams, TokenLogprobs
+from common.protocol import SamplingParams, TokenLogprobs
 
 import numpy as np
 from llguidance import LLMatcher
@@ -50,7 +52,8 @@ class Sampler:
         """The next token, from the logits that the last batch has at `index`.
 
         Raises:
-            PipelineError: kind `internal`, the grammar gave up on the output.
+            PipelineError: kind `invalid_request`, the JSON schema allows no token, or llguidance
+                gave up on it.
         """
         logits = self._context.logits(index)
         raw = None if self._params.logprobs is None else _log_softmax(logits)
@@ -77,6 +80,8 @@ class Sampler:
         np.add.at(logits, self._bias_ids, self._biases)
         if self._matcher is not None:
             self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            if self._matcher.is_error():
+                raise schema_error(matcher_error(self._matcher))
             allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")
             logits[allowed[: logits.size] == 0] = -np.inf
         elif self._request.output_length < self._params.min_tokens:
@@ -86,9 +91,7 @@ class Sampler:
         if self._penalised:
             self._counts[token] += 1
         if self._matcher is not None and not self._matcher.consume_token(token):
-            raise PipelineError(
-                "internal", f"the JSON schema cannot be followed: {self._matcher.get_error()}"
-            )
+            raise schema_error(matcher_error(self._matcher))
 
 
 def _sampler_chain(context: LlamaContext, params: SamplingParams) -> int:

@@ -1,5 +1,6 @@
 """What the tests of all engines share."""
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +20,19 @@ class FakeContext:
     """The part of the runtime's `Context` that engines use, stopped by hand."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
 
     def id(self) -> str | None:
         return "test"
 
     def is_stopped(self) -> bool:
-        return self.stopped
+        return self._stop.is_set()
+
+    async def async_killed_or_stopped(self) -> bool:
+        return await self._stop.wait()
 
 
 @dataclass

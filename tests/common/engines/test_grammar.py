@@ -1,10 +1,12 @@
 """Answers that must match a JSON schema, by the real model."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from common.engines.grammar import GrammarCompiler
+from common.engines.json_schema import check_schema_size
 from common.engines.llama_capi import Vocab
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.model_files import DEFAULT_MODEL, find_model
@@ -128,6 +130,12 @@ async def test_constrained_and_free_requests_share_a_batch(
         ('{"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}', "none"),
         ('{"type": "string", "pattern": "("}', "pattern|regex|parse"),
         ('{"type": "integer", "minimum": 3, "maximum": 2}', "minimum|maximum|unsatisfiable"),
+        ('{"$ref": "#"}', "no JSON document matches"),
+        (
+            '{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, '
+            '"$ref": "#/$defs/a"}',
+            "no JSON document matches",
+        ),
     ],
 )
 async def test_a_schema_that_cannot_be_used_is_refused_by_name(
@@ -138,7 +146,7 @@ async def test_a_schema_that_cannot_be_used_is_refused_by_name(
         await anext(engine.generate(request, FakeContext()))
     assert (caught.value.info.kind, caught.value.info.param) == (
         "invalid_request",
-        "response_format",
+        "json_schema",
     )
 
 
@@ -147,6 +155,40 @@ async def test_what_contradicts_a_schema_is_refused(engine: LlamaCppEngine, name
     sampling = SamplingParams(json_schema="{}", **{name: True})  # type: ignore[arg-type]
     with pytest.raises(PipelineError, match=name):
         engine.generate(GenerateRequest([1], sampling), FakeContext())
+
+
+async def test_a_schema_that_only_fails_while_it_is_followed_is_the_callers_fault(
+    engine: LlamaCppEngine,
+) -> None:
+    """The compiled grammar (here about 100 kB) is no part of the message."""
+    pattern = "(a*b*)*" * 6000
+    with pytest.raises(PipelineError, match="too many expressions") as caught:
+        await collect(engine, [1], json_schema=json.dumps({"type": "string", "pattern": pattern}))
+    assert (caught.value.info.kind, caught.value.info.param) == ("invalid_request", "json_schema")
+    assert len(caught.value.info.message) < 250
+
+
+async def test_an_impossible_part_of_a_schema_is_never_answered_with_broken_json(
+    engine: LlamaCppEngine,
+) -> None:
+    schema = an_object(a={"$ref": "#/$defs/x"}) | {"$defs": {"x": {"$ref": "#/$defs/x"}}}
+    with pytest.raises(PipelineError, match="no JSON document matches") as caught:
+        await collect(engine, [1], json_schema=json.dumps(schema), max_tokens=30)
+    assert caught.value.info.kind == "invalid_request"
+
+
+async def test_a_chain_of_references_as_long_as_the_size_allows_does_not_overflow_the_stack() -> (
+    None
+):
+    levels = '{"items":' * 100 + '{"$ref":"#/$defs/%d"}' + "}" * 100
+    links = ",".join(f'"{i}":{levels % (i + 1)}' for i in range(60))
+    schema = f'{{"$defs":{{{links},"60":{{}}}},"$ref":"#/$defs/0"}}'
+    check_schema_size(schema)
+    compiler = GrammarCompiler(DEFAULT_MODEL)
+    matcher = await compiler.compile_unless(FakeContext().async_killed_or_stopped(), schema)
+    assert matcher is not None
+    assert not matcher.is_error()
+    await asyncio.to_thread(compiler.close)
 
 
 async def test_control_tokens_cannot_stand_in_for_their_text(vocab: Vocab) -> None:

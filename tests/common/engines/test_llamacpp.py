@@ -229,7 +229,7 @@ async def stop_by_context(engine: LlamaCppEngine, request: GenerateRequest) -> N
     items = []
     async for item in engine.generate(request, context):
         items.append(item)
-        context.stopped = True
+        context.stop()
     assert items[-1].finish_reason == "cancelled"
     assert sum(len(item.token_ids) for item in items) <= 3
 
@@ -269,7 +269,7 @@ async def test_a_waiting_request_can_be_cancelled() -> None:
         first = asyncio.create_task(collect(engine, [1000] * 8, max_tokens=100, ignore_eos=True))
         await until(lambda: engine.metrics().running == 1)
         context = FakeContext()
-        context.stopped = True
+        context.stop()
         items = [item async for item in engine.generate(GenerateRequest([5]), context)]
         assert [item.finish_reason for item in items] == ["cancelled"]
         assert len((await first).token_ids) == 100

@@ -103,7 +103,8 @@ def test_every_request_is_answered_once_and_right_whatever_the_load(
         nonlocal now
         now += 1
         for when, context in cancel:
-            context.stopped |= when <= now
+            if when <= now:
+                context.stop()
         model.step()
         check_cache(model.cache, model.memory, model.events, IDS)
 
@@ -127,7 +128,7 @@ def test_every_request_is_answered_once_and_right_whatever_the_load(
         if model.ended[request] == "length":
             assert len(output) == request.max_tokens
         else:
-            assert context.stopped
+            assert context.is_stopped()
     model.cache.clear()
     assert model.cache.free_cells == CELLS
 
@@ -219,7 +220,7 @@ def test_cancelling_frees_within_one_step() -> None:
     for request in (a_request([1] * 20, context), a_request([2] * 40, context)):
         model.scheduler.add(request)
     model.step()
-    context.stopped = True
+    context.stop()
     model.step()
     assert list(model.ended.values()) == ["cancelled", "cancelled"]
     assert model.scheduler.metrics().used_blocks == 0
