@@ -17,16 +17,18 @@ T = TypeVar("T")
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose an engine."""
+    # Defaults stay strings, because argparse checks those as it does what is typed.
     env = os.environ.get
     parser.add_argument(
         "--worker-id",
         type=int,
-        default=int(env("WORKER_ID", "0")),
+        default=env("WORKER_ID", "0"),
         help="tells the engines of one pipeline apart (env WORKER_ID, %(default)s)",
     )
     parser.add_argument(
         "--backend",
-        choices=BACKENDS,
+        type=_backend,
+        metavar=f"{{{','.join(BACKENDS)}}}",
         default=env("ENGINE_BACKEND", "llamacpp"),
         help="llamacpp runs the model, simulated only keeps its time (env ENGINE_BACKEND, "
         "%(default)s)",
@@ -34,7 +36,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=env("MODEL", DEFAULT_MODEL),
-        help="a .gguf file, or the model that comes with the project (env MODEL, %(default)s)",
+        help="a .gguf file, or the model that comes with the project; the simulated backend takes "
+        "a Hugging Face folder as well (env MODEL, %(default)s)",
     )
     parser.add_argument(
         "--engine-arg",
@@ -51,7 +54,7 @@ async def start_engine(args: argparse.Namespace) -> Engine:
 
     Raises:
         OSError: the model cannot be found or read.
-        ValueError: a setting is wrong; the message names it.
+        ValueError: a setting is wrong (the message names it), or llama.cpp cannot run the model.
     """
     settings: dict[str, Any] = {"model": args.model, "worker_id": args.worker_id}
     for argument in args.engine_arg:
@@ -62,9 +65,19 @@ async def start_engine(args: argparse.Namespace) -> Engine:
 
         return await SimulatedEngine.start(_convert(settings, SimulatedSettings))
     # Imported when needed: the simulated engine must not load llama.cpp.
+    from common.engines.llama_capi import LlamaCppError
     from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 
-    return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings))
+    try:
+        return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings))
+    except LlamaCppError as error:
+        raise ValueError(str(error)) from error
+
+
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(BACKENDS)}")
+    return name
 
 
 def _convert(settings: dict[str, Any], settings_type: type[T]) -> T:
