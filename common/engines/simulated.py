@@ -23,6 +23,7 @@ from common.engines.scheduler import Scheduler, Work
 from common.engines.simulated_output import SimulatedOutput
 from common.engines.simulated_settings import SimulatedSettings
 from common.kv import KvEvent
+from common.model_files import served_name
 from common.protocol import (
     EngineInfo,
     EngineMetrics,
@@ -54,7 +55,7 @@ class SimulatedEngine:
     def __init__(self, settings: SimulatedSettings) -> None:
         self.settings = settings
         self.info = EngineInfo(
-            model=settings.model,
+            model=served_name(settings.model),
             backend="simulated",
             context_length=min(settings.context_length, settings.cache_tokens),
             block_size=settings.block_size,
@@ -82,6 +83,12 @@ class SimulatedEngine:
 
     @classmethod
     async def start(cls, settings: SimulatedSettings) -> Self:
+        """Start the engine.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: the file is not a model.
+        """
         engine = cls(settings)
         _log.warning("worker %d is SIMULATED: timing only, no model", settings.worker_id)
         return engine

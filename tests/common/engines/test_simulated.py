@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from common.engines.llama_capi import Vocab
@@ -108,7 +109,7 @@ async def test_a_stopped_context_ends_the_stream_and_frees_the_blocks(zero_delay
         request = GenerateRequest([1, 2, 3], SamplingParams(max_tokens=8000))
         async for item in engine.generate(request, context):
             items.append(item)
-            context.stopped = True
+            context.stop()
         assert items[-1].finish_reason == "cancelled"
         assert sum(len(item.token_ids) for item in items) < 10
         assert (engine.metrics().running, engine.metrics().used_blocks) == (0, 0)
@@ -248,6 +249,28 @@ async def test_closing_the_engine_ends_requests_as_cancelled() -> None:
 def test_a_setting_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimulatedSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("tiny.Q4_1.gguf", "tiny"), ("toy.v1/config.json", "toy.v1"), (None, None)]
+)
+async def test_it_calls_its_model_what_the_processor_does(
+    tmp_path: Path, file: str | None, name: str | None
+) -> None:
+    """A GGUF file, a Hugging Face folder, the default."""
+    model = DEFAULT_MODEL
+    if file is not None:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+        model = str(path if path.suffix == ".gguf" else path.parent)
+    async with simulated(model=model) as engine:
+        assert engine.info.model == (name or DEFAULT_MODEL)
+
+
+async def test_a_model_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no/such\.gguf"):
+        await SimulatedEngine.start(SimulatedSettings(model="no/such.gguf"))
 
 
 async def test_it_says_that_it_is_simulated(caplog: pytest.LogCaptureFixture) -> None:
