@@ -3,6 +3,7 @@
 import asyncio
 
 from common.protocol import EngineOutput
+from common.streams import merge_outputs
 
 
 class OutputStream:
@@ -15,10 +16,7 @@ class OutputStream:
 
     def put(self, output: EngineOutput) -> None:
         """Add an item, joined to the one that has not been read yet."""
-        if self._pending is None:
-            self._pending = output
-        else:
-            join(self._pending, output)
+        self._pending = merge_outputs([self._pending, output]) if self._pending else output
         self._ready.set()
 
     def fail(self, error: BaseException) -> None:
@@ -35,15 +33,3 @@ class OutputStream:
             await self._ready.wait()
         item, self._pending = self._pending, None
         return item
-
-
-def join(first: EngineOutput, second: EngineOutput) -> None:
-    """Append the second item of a stream to the first, in place."""
-    first.token_ids.extend(second.token_ids)
-    if second.logprobs is not None:
-        first.logprobs = (first.logprobs or []) + second.logprobs
-    if second.worker_id is not None:
-        first.worker_id, first.cached_tokens = second.worker_id, second.cached_tokens
-    first.finish_reason = second.finish_reason
-    first.timings = second.timings
-    first.error = second.error
