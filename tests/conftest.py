@@ -1,7 +1,7 @@
 """Servers and pipelines for the tests: real processes on free ports, gone after each test."""
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from launch.chapters import Options
@@ -14,6 +14,26 @@ import pytest
 import pytest_asyncio
 
 StartPipeline = Callable[..., AbstractAsyncContextManager[Pipeline]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a test that skips because the machine lacks something fails",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("no_skips"):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"with --no-skips this is a failure: {reason}"
+    return report
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -68,7 +68,7 @@ class Terminal:
 
     def wait_end(self) -> tuple[str, int]:
         """Output and status of the command, once it has ended."""
-        output = self._wait(lambda output: END.search(output) is not None, TIMEOUT)
+        output = self.wait_output(lambda output: END.search(output) is not None, TIMEOUT)
         end = END.search(output)
         if end is None:
             raise ReadmeError(f"did not end within {TIMEOUT:.0f} s; it printed:\n{output}")
@@ -82,7 +82,7 @@ class Terminal:
         def enough(output: str) -> bool:
             return promised.match(output) is not None or END.search(output) is not None
 
-        output = self._wait(enough, TIMEOUT)
+        output = self.wait_output(enough, TIMEOUT)
         if promised.match(output) is None:
             raise ReadmeError(f"the output does not begin as promised; it is:\n{output}")
 
@@ -93,7 +93,7 @@ class Terminal:
         """Ctrl-C for what runs, then the end of everything in the terminal."""
         if self.running and not self.has_ended() and self._shell.poll() is None:
             self.interrupt()
-            self._wait(lambda output: END.search(output) is not None, STOP_TIMEOUT)
+            self.wait_output(lambda output: END.search(output) is not None, STOP_TIMEOUT)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._shell.pid, signal.SIGKILL)
         self._shell.wait()
@@ -102,7 +102,8 @@ class Terminal:
             if pipe is not None:
                 pipe.close()
 
-    def _wait(self, enough: Callable[[str], bool], timeout: float) -> str:
+    def wait_output(self, enough: Callable[[str], bool], timeout: float) -> str:
+        """The output of the command, once it is `enough`, the shell ended or the time is over."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while not enough(output := self._output[self._begin :]):

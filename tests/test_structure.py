@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.project_files import ROOT, project_files
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
 
 # What the code of each part may import from this project, besides itself.
 ALLOWED_IMPORTS = {
@@ -27,19 +27,6 @@ ALLOWED_FROM_DYNAMO_LLM = re.compile(r"RadixTree|compute_block_hash_for_seq|\w+P
 FORBIDDEN_NAMES = {"register_llm", "register_model", "HttpService", "HttpAsyncEngine"}
 
 MAX_LINES = 250
-
-
-def project_files() -> list[Path]:
-    """Every file that is or would be committed, relative to the root."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    paths = [Path(name) for name in listed.split("\0") if name]
-    return [path for path in paths if (ROOT / path).is_file()]
 
 
 def part_of(name: str) -> str:
@@ -91,6 +78,20 @@ PRODUCT_FILES = [path for path in PYTHON_FILES if part_of(path) in PRODUCT]
 
 def test_there_are_files_to_check() -> None:
     assert {"common/protocol.py", "launch/launcher.py"} <= set(PRODUCT_FILES)
+
+
+@pytest.mark.parametrize("git", ["missing", "not a checkout"])
+def test_the_files_of_an_archive_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, git: str
+) -> None:
+    """A ZIP download is no git checkout, and a small machine has no git."""
+    for name in (".ci/run", "common/kv.py", ".venv/lib/x.py", "common/__pycache__/x.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if git == "missing":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert project_files(tmp_path) == [Path(".ci/run"), Path("common/kv.py")]
 
 
 @pytest.mark.parametrize("path", IMPORTING_FILES)
