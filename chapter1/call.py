@@ -31,4 +31,6 @@ async def worker(runtime: DistributedRuntime, question: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python call.py QUESTION")
     uvloop.run(worker(sys.argv[1]))

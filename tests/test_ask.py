@@ -1,19 +1,15 @@
 """The launcher's question: the request it sends, and every way in which the answer can end."""
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 from launch.ask import MAX_ANSWER_TOKENS, AnswerStats, ask
 from launch.errors import LaunchError
 from launch.ports import LOOPBACK, free_port
+from tests.answering_server import server
 
 import pytest
-
-MODELS = {"object": "list", "data": [{"id": "toy"}]}
 
 
 def delta(text: str) -> dict[str, Any]:
@@ -25,33 +21,6 @@ FINAL = {
     "usage": {"prompt_tokens": 5, "completion_tokens": 2},
     "nvext": {"worker_id": 7},
 }
-
-
-@contextmanager
-def server(answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -> Iterator[str]:
-    """An HTTP server that knows a model and answers every question alike; its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.reply(200, json.dumps(MODELS).encode())
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(*answer(json.loads(body)))
-
-        def reply(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(content)
-
-    with ThreadingHTTPServer((LOOPBACK, 0), Handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        try:
-            yield f"http://{LOOPBACK}:{listening.server_port}"
-        finally:
-            listening.shutdown()
-            thread.join()
 
 
 def events(*items: dict[str, Any], end: str = "data: [DONE]\n\n") -> bytes:
@@ -83,6 +52,34 @@ async def test_streams_the_answer_and_tells_what_it_took() -> None:
             "nvext": {"extra_fields": ["worker_id", "timing"]},
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "tokens", "ttft_ms", "tokens_per_s"),
+    [
+        # The rate is that of the tokens after the first one.
+        ([0.5, 0.6, 0.7], 21, 500, 20 / 0.2),
+        # All in one piece: the whole time is all there is.
+        ([0.5], 4, 500, 4 / 0.8),
+        ([], 0, 800, 0),
+    ],
+)
+async def test_ttft_and_rate(
+    monkeypatch: pytest.MonkeyPatch,
+    arrivals: list[float],
+    tokens: int,
+    ttft_ms: float,
+    tokens_per_s: float,
+) -> None:
+    clock = iter([0.0, *arrivals, 0.8])
+    monkeypatch.setattr("launch.ask.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    final = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens}}
+    answer = events(*(delta("x") for _ in arrivals), final)
+    with server(lambda request: (200, answer)) as url:
+        stats = await ask(url, "Where?", lambda text: None)
+    assert stats.ttft_ms == pytest.approx(ttft_ms)
+    assert stats.tokens_per_s == pytest.approx(tokens_per_s)
+    assert stats.worker_id is None
 
 
 @pytest.mark.parametrize(
