@@ -15,6 +15,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+REFUSED = 'dynamo_frontend_requests_total{endpoint="chat/completions",status="429"}'
+
 
 def check_error(response: httpx.Response, status: int, message: str) -> dict[str, Any]:
     """The response is an error in OpenAI's shape; the error."""
@@ -40,7 +42,7 @@ def check_error(response: httpx.Response, status: int, message: str) -> dict[str
         ({"wrong": 1}, "wrong", "unknown"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "999999"),
         ({"stop_token_ids": [999999]}, "stop_token_ids", "999999"),
-        ({"response_format": {"type": "json_object"}}, None, "simulated engine"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "simulated engine"),
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
@@ -138,6 +140,34 @@ async def test_too_many_requests_in_flight(
         return (await api.post(CHAT, json=chat(max_tokens=1))).status_code == 200
 
     await eventually(served)
+
+
+async def test_requests_count_before_their_bodies_have_come(
+    shared_pipeline: Pipeline, api: httpx.AsyncClient
+) -> None:
+    """Clients that send their headers first and all their bodies at once are not all let in."""
+    body = json.dumps(chat(max_tokens=5)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    address = urlsplit(shared_pipeline.url)
+    before = await metric_values(api)
+    async with AsyncExitStack() as stack:
+        connections = []
+        for _ in range(12):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            stack.callback(writer.close)
+            writer.write(head)
+            connections.append((reader, writer))
+
+        async def refused() -> bool:
+            metrics = await metric_values(api)
+            return metrics.get(REFUSED, 0) >= before.get(REFUSED, 0) + 4
+
+        await eventually(refused)
+        assert (await metric_values(api))["dynamo_frontend_inflight_requests"] == 8
+        for _, writer in connections:
+            writer.write(body)
+        statuses = [(await reader.readline()).split()[1] for reader, _ in connections]
+    assert sorted(statuses) == [b"200"] * 8 + [b"429"] * 4
 
 
 async def test_the_request_id_is_in_every_components_log(
@@ -263,6 +293,7 @@ async def test_a_client_that_leaves_while_it_sends_the_body(
 ) -> None:
     """That is no fault of the server: no traceback in the log, and the next one is served."""
     frontend = shared_pipeline.processes["frontend"]
+    before = await metric_values(api)
     address = urlsplit(shared_pipeline.url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{"
@@ -270,6 +301,19 @@ async def test_a_client_that_leaves_while_it_sends_the_body(
     await eventually(lambda: lines_about(frontend, "left before the whole request"))
     assert (await api.post(CHAT, json=chat(max_tokens=1))).status_code == 200
     assert not lines_about(frontend, "Traceback")
+    after = await metric_values(api)
+    counted = 'dynamo_frontend_requests_total{endpoint="chat/completions",status="499"}'
+    assert after[counted] == before.get(counted, 0) + 1
+    assert after["dynamo_frontend_inflight_requests"] == 0
+
+
+async def test_a_page_of_another_site_is_refused(api: httpx.AsyncClient) -> None:
+    """Any web page may post to localhost; the chat page, curl and scripts are let through."""
+    other = {"origin": "http://evil.example", "content-type": "text/plain"}
+    response = await api.post(CHAT, json=chat(max_tokens=1), headers=other)
+    check_error(response, 403, "another site")
+    own = {"origin": str(api.base_url).rstrip("/")}
+    assert (await api.post(CHAT, json=chat(max_tokens=1), headers=own)).status_code == 200
 
 
 async def test_requests_one_after_another_on_one_connection(shared_pipeline: Pipeline) -> None:

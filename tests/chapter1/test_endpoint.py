@@ -4,11 +4,13 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import AsyncExitStack
 from typing import Any
 
 from launch.pipeline import Pipeline
-from tests.chapter1.helpers import chat, engine_ended, eventually, lines_about
+from tests.chapter1.helpers import chat, engine_ended, eventually, lines_about, stream
 
+import httpx
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
@@ -45,7 +47,16 @@ async def test_a_chat(shared_pipeline: Pipeline) -> None:
         assert lines_about(shared_pipeline.processes[name], "[called-by-runtime]")
 
 
-async def test_a_caller_that_cancels(shared_pipeline: Pipeline) -> None:
+async def counted(api: httpx.AsyncClient, status: int) -> float:
+    """How many calls of the endpoint ended so."""
+    labels = f'endpoint="frontend.chat_completions",status="{status}"'
+    lines = (await api.get("/metrics")).text.splitlines()
+    name = f"dynamo_frontend_requests_total{{{labels}}} "
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+async def test_a_caller_that_cancels(shared_pipeline: Pipeline, api: httpx.AsyncClient) -> None:
+    cancelled = await counted(api, 499)
     engine = shared_pipeline.processes["engine0"]
     engine.log.clear()
     await call(shared_pipeline, chat("long", max_tokens=2000), "3")
@@ -55,6 +66,26 @@ async def test_a_caller_that_cancels(shared_pipeline: Pipeline) -> None:
     assert ended[0] == "cancelled"
     assert ended[1] < 500
 
+    async def is_counted() -> bool:
+        return await counted(api, 499) == cancelled + 1
+
+    await eventually(is_counted)
+
+
+async def test_calls_count_as_requests_in_flight(
+    shared_pipeline: Pipeline, api: httpx.AsyncClient
+) -> None:
+    """The limit is the frontend's, whichever way a request comes in."""
+    async with AsyncExitStack() as stack:
+        body = chat(max_tokens=2000, ignore_eos=True)
+        answers = [await stack.enter_async_context(stream(api, body)) for _ in range(8)]
+        for answer in answers:
+            await answer.read_text()
+        refused = await counted(api, 429)
+        (error,) = await call(shared_pipeline, chat(max_tokens=1))
+        assert error["error"]["code"] == "overloaded"
+        assert await counted(api, 429) == refused + 1
+
 
 @pytest.mark.parametrize(
     ("request_body", "param"),
@@ -62,6 +93,7 @@ async def test_a_caller_that_cancels(shared_pipeline: Pipeline) -> None:
         (chat(n=3), "n"),
         ({**chat(), "model": "gpt-9"}, "model"),
         ({}, "model"),
+        (chat(response_format={"type": "json_object"}), "response_format"),
         ("text", None),
         (None, None),
     ],
