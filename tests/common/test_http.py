@@ -58,22 +58,23 @@ async def served(
 
 
 @pytest.mark.parametrize(
-    "flood",
+    ("start", "more"),
     [
-        HEAD + b"x: " + b"a" * 200_000,
-        HEAD + b"x: a\r\n" * 40_000,
-        b"GET /" + b"a" * 200_000,
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n" + b"x: a\r\n" * 40_000,
+        (HEAD + b"x: ", b"a" * 6),
+        (HEAD, b"x: a\r\n"),
+        (b"GET /", b"a" * 6),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"x: a\r\n"),
     ],
     ids=["one header", "many headers", "path", "trailers"],
 )
-async def test_headers_without_end_are_refused(flood: bytes) -> None:
+async def test_headers_without_end_are_refused(start: bytes, more: bytes) -> None:
     """Else one client fills the memory: the parser keeps whatever comes before the body."""
     async with served(App()) as (_, reader, writer):
         refused = asyncio.ensure_future(reader.readline())
+        writer.write(start)
         with contextlib.suppress(ConnectionError):
             for _ in range(10):
-                writer.write(flood)
+                writer.write(more * 40_000)
                 await writer.drain()
         with contextlib.suppress(ConnectionResetError):  # it does not read on to say why
             assert b" 400 " in await asyncio.wait_for(refused, 5)
