@@ -51,8 +51,9 @@ from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 import msgspec
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 CHAIN_CHECK_S = 0.5
@@ -113,7 +114,7 @@ def build_app(
     args: argparse.Namespace,
 ) -> ASGIApp:
     """The HTTP API on top of the processor's endpoints."""
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Dynamo pipelines, chapter 1", version="1", exception_handlers=EXCEPTION_HANDLERS
     )
     started = int(time.time())
