@@ -6,7 +6,6 @@ others are in `openai_objects`.
 
 import codecs
 import time
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from common.openai_objects import (
@@ -46,7 +45,7 @@ class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
-    owned_by: str = "dynamo-pipelines"
+    owned_by: str
 
 
 class ModelList(BaseModel):
@@ -69,11 +68,9 @@ def model_document(info: EngineInfo, model_id: str, created: int) -> ModelCard:
     return ModelCard(id=info.model, created=created, owned_by=owner)
 
 
-def model_list(info: EngineInfo | Iterable[str], created: int) -> ModelList:
+def model_list(info: EngineInfo, created: int) -> ModelList:
     """The body of GET /v1/models: what is served; `created` is in seconds since 1970."""
-    if isinstance(info, EngineInfo):
-        return ModelList(data=[model_document(info, info.model, created)])
-    return ModelList(data=[ModelCard(id=name, created=created) for name in info])
+    return ModelList(data=[model_document(info, info.model, created)])
 
 
 def chat_response(

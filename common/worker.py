@@ -24,6 +24,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
+from common.arguments import positive_seconds
 from common.errors import ComponentError
 from common.handlers import Handler, closed_on_its_loop
 from common.notify import notify
@@ -117,7 +118,7 @@ class Lifecycle:
                 await _deregister(endpoints)
                 if draining is not None:
                     await draining()
-                await asyncio.sleep(DEREGISTER_GRACE_S)
+                await asyncio.sleep(min(DEREGISTER_GRACE_S, self.drain_timeout_s / 2))
                 runtime.shutdown()  # lets handlers in flight finish, then ends `served`
                 await asyncio.gather(*served)
         except TimeoutError:
@@ -135,7 +136,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drain-timeout",
-        type=float,
+        type=positive_seconds,
         metavar="SECONDS",
         default=env("DRAIN_TIMEOUT", "30"),
         help="on SIGTERM, give requests in flight this long (env DRAIN_TIMEOUT, %(default)s)",
