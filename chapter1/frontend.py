@@ -129,7 +129,7 @@ def build_app(
             refuse_other_sites(http)
             request = parse(await read_body(http, args.max_body_bytes, args.body_timeout))
             user = f" for user {request.user}" if request.user else ""
-            request_log(request_id).info("%s, stream=%s%s", endpoint, bool(request.stream), user)
+            request_log(request_id).debug("%s, stream=%s%s", endpoint, bool(request.stream), user)
             context = Context(request_id)
             outputs = ask_processor(processor, request, context)
             return Answer(request, request_id, outputs, context, measured)  # it ends `measured`

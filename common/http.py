@@ -87,6 +87,7 @@ async def http_server(app: ASGIApp, listener: socket.socket) -> AsyncIterator[Ht
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
         )
         server = HttpServer(_Server(config), listener)
         try:

@@ -16,6 +16,7 @@ exits at once.
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -236,6 +237,8 @@ async def _announce(ready: Callable[[], Awaitable[None]] | None) -> NoReturn:
     """Tell the supervisor when the component is of use; return only by an exception."""
     if ready is not None:
         await ready()
+    gc.collect()
+    gc.freeze()  # what start-up made stays; scanning it again and again would cost every request
     log.info("ready")
     notify("READY=1")
     while True:
