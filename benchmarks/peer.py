@@ -55,6 +55,7 @@ async def peer_pipeline(
     namespace: str,
     port: int,
     engine_args: list[str],
+    batch_items: bool,
 ) -> AsyncIterator[None]:
     """Run the peer: one engine process, one frontend process; ready when the block begins.
 
@@ -74,7 +75,8 @@ async def peer_pipeline(
     worker = children.start(
         f"{namespace}-engine",
         [*python, "benchmarks.peer_worker", "--model", str(model), "--namespace", namespace]
-        + [flag for argument in engine_args for flag in ("--engine-arg", argument)],
+        + [flag for argument in engine_args for flag in ("--engine-arg", argument)]
+        + (["--batch-items"] if batch_items else []),
         peer_environment,
     )
     frontend = children.start(

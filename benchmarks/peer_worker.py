@@ -1,6 +1,6 @@
 """Our simulated engine as a worker of Dynamo's own frontend (token ids in, token ids out).
 
-It gathers what is ready into one item exactly as chapter 1's `engine.py` does.
+With `--batch-items` it gathers what is ready into one item, as chapter 1's `engine.py` does.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from common.engines.start import add_engine_arguments, start_engine
-from common.protocol import GenerateRequest, SamplingParams
+from common.protocol import EngineOutput, GenerateRequest, SamplingParams
 from common.streams import Pace, gather_ready, merge_outputs
 from common.worker import Lifecycle, add_common_arguments, run
 
@@ -32,7 +32,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def generate(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         sampling = SamplingParams(max_tokens=request["stop_conditions"]["max_tokens"])
         outputs = engine.generate(GenerateRequest(request["token_ids"], sampling), context)
-        async with aclosing(gather_ready(outputs, pace)) as batches:
+        batches = gather_ready(outputs, pace) if args.batch_items else one_by_one(outputs)
+        async with aclosing(batches):
             async for ready in batches:
                 output = merge_outputs(ready)
                 item: dict[str, Any] = {"token_ids": output.token_ids}
@@ -62,9 +63,18 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         await engine.close()
 
 
+async def one_by_one(
+    outputs: AsyncGenerator[EngineOutput, None],
+) -> AsyncGenerator[list[EngineOutput], None]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            yield [output]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
     add_engine_arguments(parser)
+    parser.add_argument("--batch-items", action="store_true")
     parser.set_defaults(backend="simulated")
     run(worker, parser.parse_args(), "peer-engine")

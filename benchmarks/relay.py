@@ -3,7 +3,9 @@
 The engine is simulated and takes no time, so what is measured is everything but inference:
 HTTP, JSON, tokenisation, the runtime's hops. Both pipelines run at the same time on the same
 cores and are measured in turn: ours is frontend, processor and engine, the peer's is Dynamo's
-frontend (Rust) and the engine, which batches its items as ours does. Every answer has 128 tokens.
+frontend (Rust) and the same engine. Our engine component gathers the items of a stream that is
+faster than anyone reads; the peer is measured without that, as Dynamo's workers are, and with it.
+Every answer has 128 tokens.
 """
 
 import asyncio
@@ -33,6 +35,9 @@ from launch.servers import etcd_server, nats_server, server_environment
 CACHE = Path(".cache")
 ANSWER_TOKENS = 128
 TOKENS_PER_ITEM = (1, 8)
+PEERS = ("peer", "peer_batched")
+WHO = ("ours", *PEERS)
+NAMES = {"ours": "ours", "peer": "peer", "peer_batched": "peer, with our gathering"}
 REQUESTS = {1: 24, 32: 256, 256: 768}  # by the number of streams
 WORDS = Path(random.__file__).read_text().split()
 
@@ -90,25 +95,27 @@ async def measure(
             )
             await ours.wait_ready()
             targets["ours", per_item] = (model.name, port)
-            if peer is None or left_out is not None:
-                continue
-            port = free_port()
-            try:
-                await stack.enter_async_context(
-                    peer_pipeline(
-                        children,
-                        environment,
-                        installed=peer,
-                        model=model,
-                        namespace=f"peer{per_item}",
-                        port=port,
-                        engine_args=engine_args,
+            for who in PEERS:
+                if peer is None or left_out is not None:
+                    continue
+                port = free_port()
+                try:
+                    await stack.enter_async_context(
+                        peer_pipeline(
+                            children,
+                            environment,
+                            installed=peer,
+                            model=model,
+                            namespace=f"{who}{per_item}",
+                            port=port,
+                            engine_args=engine_args,
+                            batch_items=who == "peer_batched",
+                        )
                     )
-                )
-            except PeerUnavailableError as error:
-                left_out = str(error)
-            else:
-                targets["peer", per_item] = ("toy", port)
+                except PeerUnavailableError as error:
+                    left_out = str(error)
+                else:
+                    targets[who, per_item] = ("toy", port)
         loads: dict[tuple[int, str, int], list[Load]] = {}
         for round_number in range(rounds + 1):
             for streams, count in requests.items():
@@ -126,73 +133,62 @@ async def measure(
                             file=sys.stderr,
                         )
     rows = [
-        row(streams, per_item, loads[streams, "ours", per_item],
-            loads.get((streams, "peer", per_item), []))
+        row(streams, per_item, {who: loads[streams, who, per_item] for who in WHO
+                                if (streams, who, per_item) in loads})
         for per_item in TOKENS_PER_ITEM
         for streams in requests
     ]  # fmt: skip
     return rows, left_out
 
 
-def row(streams: int, per_item: int, ours: list[Load], peer: list[Load]) -> dict[str, Any]:
-    def tokens_per_s(loads: list[Load]) -> list[float]:
-        return [round(load.tokens_per_s, 1) for load in loads]
-
-    def ttft_p50_ms(loads: list[Load]) -> list[float]:
-        return [round(median(load.ttfts_ms), 2) for load in loads]
-
+def row(streams: int, per_item: int, loads: dict[str, list[Load]]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "name": f"{streams} streams, {per_item} tokens an item",
         "streams": streams,
         "tokens_per_item": per_item,
-        "ours_tokens_per_s": median(tokens_per_s(ours)),
-        "ours_ttft_p50_ms": median(ttft_p50_ms(ours)),
-        "ours_events_per_token": round(
-            sum(a.events for load in ours for a in load.answers)
-            / sum(a.tokens for load in ours for a in load.answers),
-            3,
-        ),
-        "rounds": {"ours_tokens_per_s": tokens_per_s(ours), "ours_ttft_p50_ms": ttft_p50_ms(ours)},
+        "rounds": {},
     }
-    if peer:
+    for who, runs in loads.items():
+        tokens_per_s = [round(load.tokens_per_s, 1) for load in runs]
+        ttft_p50_ms = [round(median(load.ttfts_ms), 2) for load in runs]
+        answers = [answer for load in runs for answer in load.answers]
         result |= {
-            "peer_tokens_per_s": median(tokens_per_s(peer)),
-            "peer_ttft_p50_ms": median(ttft_p50_ms(peer)),
-            "peer_events_per_token": round(
-                sum(a.events for load in peer for a in load.answers)
-                / sum(a.tokens for load in peer for a in load.answers),
-                3,
-            ),
+            f"{who}_tokens_per_s": median(tokens_per_s),
+            f"{who}_ttft_p50_ms": median(ttft_p50_ms),
+            f"{who}_events_per_answer": sum(a.events for a in answers) / len(answers),
         }
-        result["ratio"] = round(result["ours_tokens_per_s"] / result["peer_tokens_per_s"], 3)
-        result["ttft_ratio"] = round(result["ours_ttft_p50_ms"] / result["peer_ttft_p50_ms"], 3)
         result["rounds"] |= {
-            "peer_tokens_per_s": tokens_per_s(peer),
-            "peer_ttft_p50_ms": ttft_p50_ms(peer),
+            f"{who}_tokens_per_s": tokens_per_s,
+            f"{who}_ttft_p50_ms": ttft_p50_ms,
         }
+    if "peer" in loads:
+        for key in ("tokens_per_s", "ttft_p50_ms"):
+            ratio = round(result[f"ours_{key}"] / result[f"peer_{key}"], 3)
+            result["ratio" if key == "tokens_per_s" else "ttft_ratio"] = ratio
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = ["streams", "tokens an item", "ours, tokens/s", "peer, tokens/s", "ratio"]
-    header += ["ours, TTFT p50 ms", "peer, TTFT p50 ms", "events per answer, ours / peer"]
+    header = ["streams", "tokens an item", "", "tokens/s", "TTFT p50 ms", "events an answer"]
     lines = []
     for entry in rows:
-        rounds = entry["rounds"]
-        peer = "ratio" in entry
-        lines.append(
-            [
-                str(entry["streams"]),
-                str(entry["tokens_per_item"]),
-                with_spread(rounds["ours_tokens_per_s"]),
-                with_spread(rounds["peer_tokens_per_s"]) if peer else "-",
-                f"{entry['ratio']:.2f}" if peer else "-",
-                with_spread(rounds["ours_ttft_p50_ms"], 1),
-                with_spread(rounds["peer_ttft_p50_ms"], 1) if peer else "-",
-                f"{entry['ours_events_per_token'] * ANSWER_TOKENS:.1f} / "
-                + (f"{entry['peer_events_per_token'] * ANSWER_TOKENS:.1f}" if peer else "-"),
-            ]
-        )
+        for who in WHO:
+            if f"{who}_tokens_per_s" not in entry:
+                continue
+            first = who == "ours"
+            lines.append(
+                [
+                    str(entry["streams"]) if first else "",
+                    str(entry["tokens_per_item"]) if first else "",
+                    NAMES[who],
+                    with_spread(entry["rounds"][f"{who}_tokens_per_s"]),
+                    with_spread(entry["rounds"][f"{who}_ttft_p50_ms"], 1),
+                    f"{entry[f'{who}_events_per_answer']:.1f}",
+                ]
+            )
+        if "ratio" in entry:
+            ratios = f"**{entry['ratio']:.2f}**", f"**{entry['ttft_ratio']:.2f}**"
+            lines.append(["", "", "ours / peer", *ratios, ""])
     return markdown_table(header, lines)
 
 
