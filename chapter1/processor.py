@@ -9,12 +9,13 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 from common.dispatch import dispatch
 from common.model_files import DEFAULT_MODEL
+from common.prompt import check_fits, tokenize
 from common.protocol import (
     EngineInfo,
     EngineOutput,
@@ -28,13 +29,12 @@ from common.protocol import (
     to_wire,
 )
 from common.telemetry import log, request_log
-from common.text import TextModel, load_text_model
+from common.text import load_text_model
 from common.text_stream import TextStream
+from common.waiting import first_of, link
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
-
-INLINE_CHARACTERS = 2048
 
 
 @dynamo_worker()
@@ -129,57 +129,6 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             f"{args.namespace}.processor.info": info,
         },
     )
-
-
-async def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
-    """The prompt's token ids, after the chat template if the request is a chat."""
-    if request.model != model.name:
-        raise PipelineError(
-            "model_not_found",
-            f"The model '{request.model}' does not exist; '{model.name}' does.",
-            "model",
-        )
-    model.check_token_ids(request.sampling.stop_token_ids, "stop_token_ids")
-    model.check_token_ids([token for token, _ in request.sampling.logit_bias], "logit_bias")
-    if isinstance(request.prompt, list):
-        model.check_token_ids(request.prompt, "prompt")
-        return request.prompt
-
-    prompt = request.prompt or ""
-    messages = request.messages
-
-    def encode() -> list[int]:
-        return model.encode(prompt if messages is None else model.render_chat(messages))
-
-    # A book takes seconds, and the other streams of this process must not wait for it.
-    characters = len(prompt) + sum(len(message.content) + 20 for message in messages or [])
-    return await asyncio.to_thread(encode) if characters > INLINE_CHARACTERS else encode()
-
-
-def check_fits(prompt: list[int], context_length: int) -> None:
-    """Refuse here what the engine would: a long prompt would not even fit into a NATS message."""
-    if len(prompt) >= context_length:
-        raise PipelineError(
-            "invalid_request",
-            f"the prompt has {len(prompt)} tokens, but the context length is {context_length} "
-            "tokens and must also have room for one token of output",
-            "token_ids",
-        )
-
-
-async def first_of(*waits: Awaitable[Any]) -> None:
-    """Return as soon as one of them does; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def link(parent: Context, child: Context) -> None:
-    """Stop `child` when `parent` is stopped."""
-    await parent.async_killed_or_stopped()
-    child.stop_generating()
 
 
 async def ask_engine(client: Client, context: Context) -> EngineInfo:

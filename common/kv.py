@@ -8,6 +8,8 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
+from common.protocol import EngineMetrics
+
 import msgspec
 
 
@@ -32,6 +34,22 @@ class AllBlocksCleared(msgspec.Struct, array_like=True, tag=True):
 
 
 KvEvent = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class KvEventBatch(msgspec.Struct, array_like=True):
+    """What happened in a cache since the last batch, in order; `ts` is in seconds since 1970."""
+
+    ts: float
+    events: list[KvEvent]
+    data_parallel_rank: int | None = None
+
+
+class MetricsBatch(msgspec.Struct, array_like=True):
+    """An engine's load, in the frame of an event batch."""
+
+    ts: float
+    metrics: EngineMetrics
+    data_parallel_rank: int | None = None
 
 
 def block_hash(parent: int | None, token_ids: Sequence[int]) -> int:

@@ -36,7 +36,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "takes the time a real one would",
     )
     parser.add_argument(
-        "--engines", metavar="N", type=_positive, default=1, help="number of engine processes"
+        "--engines",
+        metavar="N",
+        type=_positive,
+        help="number of engine processes (default: 1, or 2 where there is a router)",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("kv", "least_loaded", "round_robin", "random"),
+        help="how the router chooses an engine, from chapter 2 on (default: kv)",
     )
     parser.add_argument(
         "--port",

@@ -21,21 +21,26 @@ class Options:
     """What the components are started with; `None` leaves the choice to the component."""
 
     namespace: str = "inference"
-    engines: int = 1
+    engines: int | None = None
     backend: str | None = None
     model: str | None = None
+    policy: str | None = None
     port: int = 8000
 
 
 ENGINE = Component("engine", options=("backend", "model"), replicated=True)
 PROCESSOR = Component("processor", options=("model",))
 FRONTEND = Component("frontend", options=("port",))
+ROUTER = Component("router", options=("policy",))
 
 # A chapter's components in the order of a request's way back: a component stands after
 # those it calls. They stop in the opposite order.
 CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
+    "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
 }
+
+ENGINES = {"chapter2": 2}  # where one is not enough to see the lesson
 
 
 def components(chapter: str) -> tuple[Component, ...]:
@@ -62,5 +67,5 @@ def processes(
     if not component.replicated:
         yield component.name, command
         return
-    for worker_id in range(options.engines):
+    for worker_id in range(options.engines or ENGINES.get(chapter, 1)):
         yield f"{component.name}{worker_id}", [*command, "--worker-id", str(worker_id)]

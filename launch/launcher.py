@@ -68,6 +68,7 @@ async def launch(arguments: argparse.Namespace) -> int:
         engines=arguments.engines,
         backend=arguments.backend,
         model=arguments.model,
+        policy=arguments.policy,
         port=http_port(arguments.port, HTTP_PORT),
     )
     show_logs = arguments.verbose or not arguments.ask

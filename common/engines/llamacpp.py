@@ -80,9 +80,10 @@ class LlamaCppEngine:
         self._cache.subscribe(callback)
 
     def metrics(self) -> EngineMetrics:
-        """The load; a request whose JSON schema is being compiled counts as waiting."""
+        """The load; what the thread has not seen yet, or has to be compiled, counts as waiting."""
         metrics = self._inference.metrics
-        return msgspec.structs.replace(metrics, waiting=metrics.waiting + self._grammars.compiling)
+        waiting = max(len(self._open) - metrics.running, 0) + self._grammars.compiling
+        return msgspec.structs.replace(metrics, waiting=waiting)
 
     def generate(
         self, request: GenerateRequest, context: RequestContext

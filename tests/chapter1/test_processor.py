@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.toy_model import toy_model
-from chapter1.processor import INLINE_CHARACTERS, tokenize
+from common.prompt import INLINE_CHARACTERS, tokenize
 from common.protocol import ChatMessage, ProcessRequest
 from common.text import TextModel
 from tests.chapter1.helpers import CHAT, chat, eventually, http_client, lines_about

@@ -1,0 +1,135 @@
+"""An engine's side of the router: KV events and load over ZMQ, and snapshots for who came late.
+
+Frames of a message: topic, sequence number (8 bytes, big-endian), payload (msgpack), as vLLM and
+SGLang send them. A PUB socket loses what a subscriber cannot take and knows nothing of one that
+comes late; sequence numbers make both visible, and a snapshot heals them.
+"""
+
+import asyncio
+import contextlib
+import errno
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+from common.engines.base import Engine
+from common.errors import ComponentError
+from common.kv import KvEvent, KvEventBatch, MetricsBatch
+from common.kv_mirror import KvMirror
+from common.protocol import EngineMetrics
+from common.protocol_router import KvSnapshotPart, KvSource
+from common.telemetry import log
+
+import msgspec
+import zmq
+
+METRICS_INTERVAL_S = 0.05  # while the load changes
+HEARTBEAT_S = 0.5
+SNAPSHOT_PART_EVENTS = 64
+
+
+class KvPublisher:
+    """Publishes from `start` to the end of its block; belongs to one event loop."""
+
+    def __init__(self, engine: Engine, events: zmq.Socket[bytes], metrics: zmq.Socket[bytes]):
+        # A topic of its own, because a restarted engine may have the address of the one before.
+        topic = f"kv@{uuid.uuid4().hex}"
+        self.source = KvSource(engine.info, topic, _address(events), _address(metrics))
+        self._engine = engine
+        self._topic = topic.encode()
+        self._events, self._metrics = events, metrics
+        self._encoder = msgspec.msgpack.Encoder()
+        self._mirror = KvMirror()
+        self._seq = -1
+
+    def publish(self, events: list[KvEvent]) -> None:
+        """Send one batch and count it."""
+        self._seq += 1
+        self._mirror.apply(events)
+        self._send(self._events, self._seq, KvEventBatch(time.time(), events))
+
+    def snapshot(self) -> Iterator[KvSnapshotPart]:
+        """The cache as it is now, in parts that fit into messages; at least one."""
+        seq, events = self._seq, self._mirror.events()
+        return (
+            KvSnapshotPart(seq, self._encoder.encode(events[start : start + SNAPSHOT_PART_EVENTS]))
+            for start in range(0, max(len(events), 1), SNAPSHOT_PART_EVENTS)
+        )
+
+    async def keep_publishing(self) -> None:
+        """Send the load when it changes, and both streams' signs of life; never returns.
+
+        An empty batch of events has a number, too: who missed the last one before a quiet time
+        learns it from that.
+        """
+        sent: EngineMetrics | None = None
+        sent_at, number, seq = 0.0, 0, self._seq
+        while True:
+            load = self._engine.metrics()
+            quiet = time.monotonic() - sent_at >= HEARTBEAT_S
+            if load != sent or quiet:
+                self._send(self._metrics, number, MetricsBatch(time.time(), load))
+                sent, number = load, number + 1
+            if quiet:
+                if seq == self._seq:
+                    self.publish([])
+                sent_at, seq = time.monotonic(), self._seq
+            await asyncio.sleep(METRICS_INTERVAL_S)
+
+    def _send(self, socket: "zmq.Socket[bytes]", seq: int, batch: msgspec.Struct) -> None:
+        payload = self._encoder.encode(batch)
+        socket.send_multipart([self._topic, seq.to_bytes(8, "big"), payload], zmq.NOBLOCK)
+
+
+@contextlib.asynccontextmanager
+async def publishing(
+    engine: Engine, host: str, events_port: int | None, metrics_port: int | None
+) -> AsyncIterator[KvPublisher]:
+    """Publish what `engine` caches and how busy it is; begin before its first request.
+
+    A port of 0 takes a free one; None takes 5557 (events) or 5657 (metrics) + worker id, or a
+    free one if that is taken.
+
+    Raises:
+        ComponentError: the address is taken or not this machine's.
+    """
+    loop = asyncio.get_running_loop()
+    worker_id = engine.info.worker_id
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        events = stack.enter_context(context.socket(zmq.PUB))
+        metrics = stack.enter_context(context.socket(zmq.PUB))
+        _bind(events, host, events_port, 5557 + worker_id)
+        _bind(metrics, host, metrics_port, 5657 + worker_id)
+        publisher = KvPublisher(engine, events, metrics)
+
+        def publish(batch: list[KvEvent]) -> None:
+            loop.call_soon_threadsafe(publisher.publish, batch)
+
+        engine.subscribe(publish)
+        log.info("KV events on %s, load on %s", publisher.source.events, publisher.source.metrics)
+        task = asyncio.create_task(publisher.keep_publishing())
+        try:
+            yield publisher
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _bind(socket: "zmq.Socket[bytes]", host: str, port: int | None, default: int) -> None:
+    socket.linger = 0
+    if ":" in host:
+        socket.ipv6 = True
+        host = f"[{host}]"
+    try:
+        socket.bind(f"tcp://{host}:{default if port is None else port or '*'}")
+    except zmq.ZMQError as error:
+        if port is None and error.errno == errno.EADDRINUSE:
+            socket.bind(f"tcp://{host}:*")
+            return
+        raise ComponentError(f"cannot publish on {host}:{port}: {error}") from error
+
+
+def _address(socket: "zmq.Socket[bytes]") -> str:
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
