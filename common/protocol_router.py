@@ -6,7 +6,7 @@ router    --{}-----------------> engine.kv_snapshot  <--KvSnapshotPart-- (a stre
 scripts   --{}-----------------> router.state        <--WorkerState----- (a stream)
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.protocol import EngineInfo, EngineMetrics, ErrorInfo
 
@@ -14,6 +14,7 @@ import msgspec
 
 Policy = Literal["kv", "least_loaded", "round_robin", "random"]
 State = Literal["starting", "ready", "silent", "failed"]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what the runtime's hash takes
 
 
 class FindWorkerRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -23,7 +24,7 @@ class FindWorkerRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_field
     had cached and leaves them out until they give a sign of life again.
     """
 
-    token_ids: list[int]
+    token_ids: list[TokenId]
     model: str
     failed: list[int] = []
 

@@ -1,0 +1,144 @@
+"""What the tests of the routed pipeline share: calls of endpoints, what the router believes."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from typing import Any, TypeVar
+
+from common.kv import BlockStored
+from common.protocol_router import FindWorkerOutput, KvSnapshotPart, KvSource, WorkerState
+from launch.pipeline import Pipeline
+from tests.chapter1.helpers import MODEL, eventually
+
+import msgspec
+
+T = TypeVar("T")
+
+Blocks = dict[int, frozenset[int]]  # of each instance, the hashes of what it has cached
+
+
+class Reply(msgspec.Struct):
+    """See `tests.chapter2.runtime_caller`."""
+
+    items: msgspec.Raw = msgspec.Raw(b"[]")
+    instances: list[int] = []
+    error: str | None = None
+
+
+class RuntimeCaller:
+    """Calls endpoints through a process of its own, because tests have event loops of theirs."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+        self._lock = threading.Lock()
+
+    async def call(
+        self, path: str, request: Any, answer: type[T], instance: int | None = None
+    ) -> list[T]:
+        """The items of the stream; RuntimeError if it fails."""
+        reply = await self._ask({"path": path, "request": request, "instance": instance})
+        return msgspec.json.decode(reply.items, type=list[answer])  # type: ignore[valid-type]
+
+    async def instances(self, path: str) -> list[int]:
+        """Those that discovery lists."""
+        return sorted((await self._ask({"path": path})).instances)
+
+    async def _ask(self, call: dict[str, Any]) -> Reply:
+        reply = await asyncio.to_thread(self._exchange, msgspec.json.encode(call))
+        if reply.error is not None:
+            raise RuntimeError(reply.error)
+        return reply
+
+    def _exchange(self, line: bytes) -> Reply:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+            return msgspec.json.decode(self._process.stdout.readline(), type=Reply)
+
+
+class Router:
+    """A pipeline's router and its engines, as the runtime shows them."""
+
+    def __init__(self, caller: RuntimeCaller, running: Pipeline) -> None:
+        self.caller = caller
+        self.running = running
+
+    async def find_raw(self, request: Any) -> FindWorkerOutput:
+        path = f"{self.running.namespace}.router.find_worker"
+        (output,) = await self.caller.call(path, request, FindWorkerOutput)
+        return output
+
+    async def find(self, token_ids: list[int], **fields: Any) -> FindWorkerOutput:
+        request = {"token_ids": token_ids, "model": MODEL, **fields}
+        return await self.find_raw(request)
+
+    async def state(self, **fields: Any) -> list[WorkerState]:
+        """What the router believes, in the order of the worker ids."""
+        path = f"{self.running.namespace}.router.state"
+        states = await self.caller.call(path, fields, WorkerState)
+        return sorted(states, key=lambda state: state.worker_id)
+
+    async def blocks(self) -> Blocks:
+        """What the router believes to be cached."""
+        return {s.instance_id: frozenset(s.block_hashes) for s in await self.state(blocks=True)}
+
+    async def engines(self) -> list[int]:
+        """The instances of the engine that discovery lists."""
+        return await self.caller.instances(f"{self.running.namespace}.engine.kv_snapshot")
+
+    async def source(self, instance: int) -> KvSource:
+        path = f"{self.running.namespace}.engine.kv_source"
+        (source,) = await self.caller.call(path, {}, KvSource, instance)
+        return source
+
+    async def snapshot(self, instance: int) -> list[BlockStored]:
+        """What an engine has cached, from itself."""
+        path = f"{self.running.namespace}.engine.kv_snapshot"
+        parts = await self.caller.call(path, {}, KvSnapshotPart, instance)
+        assert len({part.seq for part in parts}) == 1
+        return [
+            event
+            for part in parts
+            for event in msgspec.msgpack.decode(part.events, type=list[BlockStored])
+        ]
+
+    async def engines_blocks(self) -> Blocks:
+        """What the engines have cached, from themselves."""
+        return {
+            instance: frozenset(
+                block
+                for event in await self.snapshot(instance)
+                for block in event.block_hashes
+            )
+            for instance in await self.engines()
+        }  # fmt: skip
+
+    async def wait_ready(self, engines: int = 2) -> None:
+        """Wait until the router would choose any of so many engines."""
+
+        async def knows_all() -> bool:
+            states = await self.state()
+            return [state.state for state in states] == ["ready"] * engines
+
+        await eventually(knows_all)
+
+    async def is_right(self) -> bool:
+        """Whether it believes to be cached what is cached."""
+        return await self.blocks() == await self.engines_blocks()
+
+
+def prompt(text: str, words: int = 100) -> str:
+    """A text of so many words, about as many tokens, that shares no first block with others."""
+    return f"{text}: " + " ".join(f"{text}{n}" for n in range(words))
+
+
+def start_caller(environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.chapter2.runtime_caller"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
