@@ -100,6 +100,7 @@ class Feed:
     def _subscribe(self, source: KvSource, address: str) -> zmq.asyncio.Socket:
         socket: zmq.asyncio.Socket = self._context.socket(zmq.SUB)
         socket.linger = 0
+        socket.ipv6 = True  # takes IPv4 addresses, too
         socket.subscribe(source.topic)
         socket.connect(address)
         return socket

@@ -6,6 +6,7 @@ runtime's own hash of its tokens (by which prompts are matched) and a name that 
 every engine for the same prefix. Both are made here, from the token ids in the events.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -92,10 +93,18 @@ class KvIndex:
         self._send(instance, {"stored": stored})
 
     def _remove(self, instance: int, names: dict[int, int], event: BlockRemoved) -> None:
-        gone = [names.pop(block, None) for block in event.block_hashes]
-        if None in gone:
+        known = [block for block in event.block_hashes if block in names]
+        gone = [names.pop(block) for block in known]
+        try:
+            self._send(instance, {"removed": {"block_hashes": gone}})
+        except UnknownBlockError:
+            # What follows a removed block goes with it in the tree, but SGLang removes a block
+            # before those that follow it: they are gone already, the others in the list are not.
+            for name in gone:
+                with contextlib.suppress(UnknownBlockError):
+                    self._send(instance, {"removed": {"block_hashes": [name]}})
+        if len(known) < len(event.block_hashes):
             raise UnknownBlockError("a block was removed that was not cached")
-        self._send(instance, {"removed": {"block_hashes": gone}})
 
     def _send(self, instance: int, data: dict[str, object]) -> None:
         self._event_id += 1

@@ -17,10 +17,14 @@ SILENT_AFTER_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A request that was sent to an engine at `time`, and the blocks it will newly use."""
+    """A request that was sent to an engine at `time`, and the blocks it will newly use.
+
+    `names` has those of them that are full, which another prompt may share.
+    """
 
     time: float
     new_blocks: int
+    names: list[int]
 
 
 @dataclass(eq=False)
@@ -34,8 +38,10 @@ class Worker:
     heard: float = 0.0
     turn: int = 0
     metrics: EngineMetrics | None = None
-    _routed: deque[Routed] = field(default_factory=deque)
-    _prefixes: dict[int, float] = field(default_factory=dict)  # until when; oldest first
+    _routed: deque[Routed] = field(default_factory=deque)  # counts as load
+    _routed_blocks: int = 0
+    _expected: deque[Routed] = field(default_factory=deque)  # counts as cached
+    _prefixes: dict[int, float] = field(default_factory=dict)  # the names in it: until when
 
     def is_silent(self, now: float) -> bool:
         return now - self.heard > SILENT_AFTER_S
@@ -44,27 +50,30 @@ class Worker:
         """Take the engine's own figures; they include what was routed a while ago."""
         self.heard = time.monotonic()
         self.metrics = metrics
-        while self._routed and self.heard - self._routed[0].time > PREDICTED_LOAD_S:
-            self._routed.popleft()
+        self._forget_load_before(self.heard - PREDICTED_LOAD_S)
 
     def expect(self, names: list[int], overlap: int) -> None:
         """A prompt, given by its blocks' names, was routed here; `overlap` of them are cached."""
         now = time.monotonic()
-        self._routed.append(Routed(now, len(names) + 1 - overlap))
-        for name in names[overlap:]:
-            self._prefixes.pop(name, None)
-            self._prefixes[name] = now + PREDICTED_CACHE_S
-        while self._prefixes:
-            oldest, until = next(iter(self._prefixes.items()))
-            if until > now:
-                break
-            del self._prefixes[oldest]
+        routed = Routed(now, len(names) + 1 - overlap, names[overlap:])
+        self._routed.append(routed)
+        self._routed_blocks += routed.new_blocks
+        self._expected.append(routed)
+        self._prefixes.update(dict.fromkeys(routed.names, now + PREDICTED_CACHE_S))
+        while now - self._expected[0].time > PREDICTED_CACHE_S:
+            for name in self._expected.popleft().names:
+                if self._prefixes.get(name, now) < now:  # else another prompt has it, too
+                    del self._prefixes[name]
+        # An engine that has sent no figures for long may never do so.
+        self._forget_load_before(now - PREDICTED_CACHE_S)
 
     def forget(self) -> None:
         """The engine failed: nothing that was expected of it will come."""
         self.synced, self.failed = False, True
         self.metrics = None
         self._routed.clear()
+        self._routed_blocks = 0
+        self._expected.clear()
         self._prefixes.clear()
 
     def overlap(self, names: list[int], cached: int) -> int:
@@ -79,17 +88,18 @@ class Worker:
     def candidate(self, names: list[int], cached: int) -> Candidate:
         info = self.source.info
         metrics = self.metrics or EngineMetrics(0, 0, 0, info.total_blocks)
-        used = metrics.used_blocks + sum(routed.new_blocks for routed in self._routed)
-        running, waiting = metrics.running, metrics.waiting
-        if waiting:  # a new request joins the queue, if there is one
-            waiting += len(self._routed)
-        else:
-            running += len(self._routed)
+        used = metrics.used_blocks + self._routed_blocks
+        # A new request joins the queue, if there is one.
+        queued = len(self._routed) if metrics.waiting else 0
         return Candidate(
             instance_id=self.instance,
             worker_id=info.worker_id,
             overlap_blocks=self.overlap(names, cached),
             kv_usage=min(used / metrics.total_blocks, 1.0),
-            running=running,
-            waiting=waiting,
+            running=metrics.running + len(self._routed) - queued,
+            waiting=metrics.waiting + queued,
         )
+
+    def _forget_load_before(self, time: float) -> None:
+        while self._routed and self._routed[0].time < time:
+            self._routed_blocks -= self._routed.popleft().new_blocks

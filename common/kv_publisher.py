@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from common.engines.base import Engine
 from common.errors import ComponentError
-from common.kv import KvEvent, KvEventBatch, MetricsBatch
+from common.kv import BlockStored, KvEvent, KvEventBatch, MetricsBatch
 from common.kv_mirror import KvMirror
 from common.protocol import EngineMetrics
 from common.protocol_router import KvSnapshotPart, KvSource
@@ -25,7 +25,7 @@ import zmq
 
 METRICS_INTERVAL_S = 0.05  # while the load changes
 HEARTBEAT_S = 0.5
-SNAPSHOT_PART_EVENTS = 64
+SNAPSHOT_PART_TOKENS = 65536
 
 
 class KvPublisher:
@@ -50,11 +50,14 @@ class KvPublisher:
 
     def snapshot(self) -> Iterator[KvSnapshotPart]:
         """The cache as it is now, in parts that fit into messages; at least one."""
-        seq, events = self._seq, self._mirror.events()
-        return (
-            KvSnapshotPart(seq, self._encoder.encode(events[start : start + SNAPSHOT_PART_EVENTS]))
-            for start in range(0, max(len(events), 1), SNAPSHOT_PART_EVENTS)
-        )
+        seq, parts, tokens = self._seq, list[list[BlockStored]]([[]]), 0
+        for event in self._mirror.events():
+            if tokens >= SNAPSHOT_PART_TOKENS:
+                parts.append([])
+                tokens = 0
+            parts[-1].append(event)
+            tokens += len(event.token_ids)
+        return (KvSnapshotPart(seq, self._encoder.encode(part)) for part in parts)
 
     async def keep_publishing(self) -> None:
         """Send the load when it changes, and both streams' signs of life; never returns.
@@ -91,7 +94,7 @@ async def publishing(
     free one if that is taken.
 
     Raises:
-        ComponentError: the address is taken or not this machine's.
+        ComponentError: the address is taken, not this machine's, or not one to connect to.
     """
     loop = asyncio.get_running_loop()
     worker_id = engine.info.worker_id
@@ -104,7 +107,12 @@ async def publishing(
         publisher = KvPublisher(engine, events, metrics)
 
         def publish(batch: list[KvEvent]) -> None:
-            loop.call_soon_threadsafe(publisher.publish, batch)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(publish_now, batch)
+
+        def publish_now(batch: list[KvEvent]) -> None:
+            if not events.closed:  # an engine that is being closed has events, too
+                publisher.publish(batch)
 
         engine.subscribe(publish)
         log.info("KV events on %s, load on %s", publisher.source.events, publisher.source.metrics)
@@ -119,6 +127,8 @@ async def publishing(
 
 def _bind(socket: "zmq.Socket[bytes]", host: str, port: int | None, default: int) -> None:
     socket.linger = 0
+    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 (refused)
+        raise ComponentError(f"cannot publish on {host}: name one address, which routers reach")
     if ":" in host:
         socket.ipv6 = True
         host = f"[{host}]"
@@ -128,7 +138,7 @@ def _bind(socket: "zmq.Socket[bytes]", host: str, port: int | None, default: int
         if port is None and error.errno == errno.EADDRINUSE:
             socket.bind(f"tcp://{host}:*")
             return
-        raise ComponentError(f"cannot publish on {host}:{port}: {error}") from error
+        raise ComponentError(f"cannot publish: {error}") from error
 
 
 def _address(socket: "zmq.Socket[bytes]") -> str:
