@@ -1,5 +1,6 @@
 """What the router knows of each engine's load: what the engine says, and what it was just sent."""
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -60,9 +61,9 @@ class Worker:
         self._routed_blocks += routed.new_blocks
         self._expected.append(routed)
         self._prefixes.update(dict.fromkeys(routed.names, now + PREDICTED_CACHE_S))
-        while now - self._expected[0].time > PREDICTED_CACHE_S:
+        while self._expected and self._expected[0].time + PREDICTED_CACHE_S <= now:
             for name in self._expected.popleft().names:
-                if self._prefixes.get(name, now) < now:  # else another prompt has it, too
+                if self._prefixes.get(name, math.inf) <= now:  # else it was sent here again
                     del self._prefixes[name]
         # An engine that has sent no figures for long may never do so.
         self._forget_load_before(now - PREDICTED_CACHE_S)
