@@ -64,12 +64,9 @@ class KvIndex:
 
         `tokens_hashes` are the runtime's (`compute_block_hash_for_seq`).
         """
-        found: dict[int, int] = {}
-        # The stub says dict[int, int]; the keys are of instance and data-parallel rank.
+        # The stub says dict[int, int]; the keys are of instance and data-parallel rank, here 0.
         scores = cast(dict[tuple[int, int], int], self._tree.find_matches(tokens_hashes).scores)
-        for (instance, _rank), blocks in scores.items():
-            found[instance] = max(blocks, found.get(instance, 0))
-        return found
+        return {instance: blocks for (instance, _), blocks in scores.items()}
 
     def blocks(self, instance: int) -> list[int]:
         """The engine's own hashes of the blocks that it has cached."""

@@ -34,15 +34,17 @@ class Selector:
         workers = self._eligible(model, excluded)
         names: dict[int, list[int]] = {}
         cached: dict[int, int] = {}
-        for block_size in {worker.source.info.block_size for worker in workers}:
+        sizes = [worker.source.info.block_size for worker in workers]
+        for block_size in set(sizes):
             hashes = compute_block_hash_for_seq(token_ids, block_size)
             names[block_size] = prefix_names(hashes)
             cached |= self.index.overlaps(hashes)
         candidates = [
-            worker.candidate(names[worker.source.info.block_size], cached.get(worker.instance, 0))
-            for worker in workers
+            worker.candidate(names[block_size], cached.get(worker.instance, 0))
+            for worker, block_size in zip(workers, sizes, strict=True)
         ]
-        lengths = [max(len(token_ids), 1) / worker.source.info.block_size for worker in workers]
+        length = max(len(token_ids), 1)
+        lengths = [length / block_size for block_size in sizes]
         turns = [worker.turn for worker in workers]
         best, reason = choose(self.policy, candidates, lengths, turns, self._rng)
         worker = self.workers[best.instance_id]

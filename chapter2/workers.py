@@ -28,7 +28,7 @@ class Routed:
     names: list[int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Worker:
     """One engine. `synced`: the index has what it has cached, so it may be chosen."""
 
@@ -79,7 +79,7 @@ class Worker:
 
     def overlap(self, names: list[int], cached: int) -> int:
         """How many of the prompt's blocks it has or will soon have; `cached` it has for sure."""
-        if not self._prefixes:
+        if cached == len(names) or names[cached] not in self._prefixes:
             return cached
         now = time.monotonic()
         while cached < len(names) and self._prefixes.get(names[cached], 0.0) > now:
