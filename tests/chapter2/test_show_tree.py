@@ -5,6 +5,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Mapping
+from pathlib import Path
 
 from chapter2.show_tree import Known, agreement, draw, merged
 from common.kv import BlockStored, block_hashes
@@ -16,6 +17,7 @@ from tests.chapter1.helpers import chat, eventually, http_client
 from tests.conftest import StartPipeline
 
 import pytest
+import tokenizers
 from rich.console import Console
 from rich.tree import Tree
 
@@ -83,7 +85,7 @@ def test_what_only_one_engine_has_of_a_chain_is_a_branch(model: TextModel) -> No
 
 def test_long_text_loses_its_middle(model: TextModel) -> None:
     assert drawn(model, engine(0, tokens(model, 6)))[1] == (
-        '└── 6 blocks in worker 0: "one two three four five … five six seven eight"'
+        '└── 6 blocks in worker 0: "one two three four five … our five six seven eight"'
     )
 
 
@@ -131,18 +133,31 @@ async def shown(*arguments: str, environment: Mapping[str, str]) -> tuple[str, s
     return output.decode(), errors.decode(), process.returncode
 
 
+async def shown_in_step(namespace: str, servers: Mapping[str, str], branches: int = 0) -> list[str]:
+    """The output for a pipeline of two, once router and engines agree on so many branches."""
+    output = ""
+
+    async def agree() -> bool:
+        nonlocal output
+        output, _, status = await shown("--namespace", namespace, environment=servers)
+        assert status == 0
+        branched = output.count(" in worker ") == branches
+        return branched and output.count("the router agrees (ready)") == 2
+
+    await eventually(agree)
+    return output.splitlines()
+
+
 async def test_a_running_pipeline_is_drawn(
     start_pipeline: StartPipeline, servers: dict[str, str]
 ) -> None:
     """Two engines in turn: both have the system prompt, each has its own question."""
     arguments = {"router": ["--policy", "round_robin"]}
     async with start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as p:
-        output, _, status = await shown("--namespace", p.namespace, environment=servers)
-        assert status == 0
-        assert output.splitlines() == [
+        assert await shown_in_step(p.namespace, servers) == [
             "nothing is cached",
-            "worker 0: 0 blocks cached of 512; the router agrees (ready)",
-            "worker 1: 0 blocks cached of 512; the router agrees (ready)",
+            "worker 0: 0 blocks cached of 4096; the router agrees (ready)",
+            "worker 1: 0 blocks cached of 4096; the router agrees (ready)",
         ]
         system = {"role": "system", "content": "You know much about animals. " * 8}
         async with http_client(p.url) as client:
@@ -150,34 +165,38 @@ async def test_a_running_pipeline_is_drawn(
                 body = chat(f"What are {animal} and why, tell me much. " * 2, max_tokens=1)
                 body["messages"].insert(0, system)
                 assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-
-        async def agree() -> bool:
-            nonlocal output
-            output, _, _ = await shown("--namespace", p.namespace, environment=servers)
-            return output.count("the router agrees (ready)") == 2
-
-        await eventually(agree)
-        lines = output.splitlines()
+        lines = await shown_in_step(p.namespace, servers, branches=3)
         assert lines[0] == "cached, by prefix"
         assert 'in worker 0, worker 1: "system\\nYou know much' in lines[1]
         assert lines[2].startswith("    ├── ")
         assert lines[3].startswith("    └── ")
-        assert sum("cats" in line for line in lines[2:4]) == 1
-        assert sum("dogs" in line for line in lines[2:4]) == 1
+        assert sum("in worker 0:" in line for line in lines[2:4]) == 1
+        assert sum("in worker 1:" in line for line in lines[2:4]) == 1
         assert len(lines) == 6
 
 
-async def test_a_dead_engine_and_one_of_another_model(
-    start_pipeline: StartPipeline, servers: dict[str, str]
+async def test_a_dead_engine_and_a_wrong_model(
+    start_pipeline: StartPipeline, servers: dict[str, str], tmp_path: Path
 ) -> None:
     start = ("engine0", "engine1", "router")
     async with start_pipeline(chapter="chapter2", engines=2, start=start) as p:
+        await shown_in_step(p.namespace, servers)
         p.processes["engine1"].kill()
         output, errors, status = await shown("--namespace", p.namespace, environment=servers)
         assert status == 0
         assert "does not answer" in errors
-        assert "worker 0: 0 blocks cached of 512; the router agrees (ready)" in output
+        assert "worker 0: 0 blocks cached of 4096; the router agrees (ready)" in output
         assert "worker 1: the router believes it has 0 blocks" in output
+
+        other = tmp_path / "Other-1B"
+        other.mkdir()
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hi": 0}, "hi"))
+        words.decoder = tokenizers.decoders.ByteLevel()
+        words.save(str(other / "tokenizer.json"))
+        flags = ("--namespace", p.namespace, "--model", str(other))
+        _, errors, status = await shown(*flags, environment=servers)
+        assert status == 1
+        assert "error: worker 0 has the model SmolLM2-135M-Instruct, not Other-1B; name" in errors
 
 
 async def test_without_a_router_it_says_so(

@@ -121,9 +121,8 @@ async def ended(*arguments: str, environment: Mapping[str, str] | None = None) -
 
 async def test_an_address_that_is_none() -> None:
     errors, status = await ended("127.0.0.1:5557")
-    assert errors == (
-        "error: 127.0.0.1:5557: Invalid argument; an address is like tcp://127.0.0.1:5557\n"
-    )
+    assert "'127.0.0.1:5557'); an address is like tcp://127.0.0.1:5557\n" in errors
+    assert errors.startswith("error: ")
     assert status == 1
 
 
