@@ -12,6 +12,8 @@ MAX_TRIES = 3
 # A dead instance refuses at once. Slower is one that died with the request in its socket, or
 # NATS being away, which another instance does not help.
 FAST_FAILURE_S = 2.0
+# Nobody listens there; it left before the stream began; discovery no longer (or not yet) lists it.
+REFUSALS = ("NATS request", "before response stream", "not found for endpoint")
 
 
 async def dispatch(
@@ -39,7 +41,7 @@ async def dispatch(
             tries_left -= 1
             text = str(error)
             died = "Stream ended" in text
-            refused = "NATS request" in text or "before response stream" in text
+            refused = any(part in text for part in REFUSALS)
             again = text.startswith("Unavailable") and (died or refused)
             if not again or tries_left <= 0 or context.is_stopped():
                 raise

@@ -10,6 +10,7 @@ from dynamo.runtime import Context
 
 REFUSED = Exception("Unavailable: NATS request to ns_engine.generate-1 failed")
 LEFT = Exception("Unavailable: Worker disconnected before response stream was established")
+GONE = Exception("Unavailable: instance_id=7 not found for endpoint ns/engine/generate")
 DIED = ValueError("Unavailable: Stream ended before generation completed")
 NOBODY = Exception("Unavailable: No workers available for endpoint ns/engine/generate")
 FAULT = ValueError("Internal: RuntimeError: boom")
@@ -39,7 +40,7 @@ async def collect(instances: Instances, context: Context | None = None) -> list[
 
 
 @pytest.mark.parametrize(
-    "failures", [[REFUSED], [LEFT], [[DIED]], [REFUSED, LEFT], [REFUSED, [DIED]]]
+    "failures", [[REFUSED], [LEFT], [GONE], [[DIED]], [REFUSED, LEFT], [REFUSED, [DIED]]]
 )
 async def test_another_instance_answers(failures: list[Any]) -> None:
     assert await collect(Instances(*failures, [1, 2])) == [1, 2]
