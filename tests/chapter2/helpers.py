@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 from common.kv import BlockStored
 from common.protocol_router import FindWorkerOutput, KvSnapshotPart, KvSource, WorkerState
 from launch.pipeline import Pipeline
-from tests.chapter1.helpers import MODEL, eventually
+from tests.chapter1.helpers import CHAT, MODEL, chat, eventually
 
+import httpx
 import msgspec
 
 T = TypeVar("T")
+WORKER = {"nvext": {"extra_fields": ["worker_id"]}}
 
 Blocks = dict[int, frozenset[int]]  # of each instance, the hashes of what it has cached
 
@@ -75,15 +77,20 @@ class Router:
         request = {"token_ids": token_ids, "model": MODEL, **fields}
         return await self.find_raw(request)
 
-    async def state(self, **fields: Any) -> list[WorkerState]:
-        """What the router believes, in the order of the worker ids."""
+    async def state(self, router: int | None = None, **fields: Any) -> list[WorkerState]:
+        """What the router (if there are several: this instance) believes, by worker id."""
         path = f"{self.running.namespace}.router.state"
-        states = await self.caller.call(path, fields, WorkerState)
+        states = await self.caller.call(path, fields, WorkerState, router)
         return sorted(states, key=lambda state: state.worker_id)
 
-    async def blocks(self) -> Blocks:
+    async def blocks(self, router: int | None = None) -> Blocks:
         """What the router believes to be cached."""
-        return {s.instance_id: frozenset(s.block_hashes) for s in await self.state(blocks=True)}
+        states = await self.state(router, blocks=True)
+        return {state.instance_id: frozenset(state.block_hashes) for state in states}
+
+    async def routers(self) -> list[int]:
+        """The instances of the router that discovery lists."""
+        return await self.caller.instances(f"{self.running.namespace}.router.state")
 
     async def engines(self) -> list[int]:
         """The instances of the engine that discovery lists."""
@@ -128,6 +135,22 @@ class Router:
     async def is_right(self) -> bool:
         """Whether it believes to be cached what is cached."""
         return await self.blocks() == await self.engines_blocks()
+
+
+class Answer:
+    """Who answered, and how much of the prompt was cached there."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.worker: int = document["nvext"]["worker_id"]
+        self.prompt_tokens: int = document["usage"]["prompt_tokens"]
+        self.cached_tokens: int = document["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def ask(client: httpx.AsyncClient, text: str, max_tokens: int = 2) -> Answer:
+    """An answer with status 200."""
+    response = await client.post(CHAT, json=chat(text, max_tokens=max_tokens, **WORKER))
+    assert response.status_code == 200, response.text
+    return Answer(response.json())
 
 
 def prompt(text: str, words: int = 100) -> str:

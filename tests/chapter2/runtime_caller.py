@@ -11,10 +11,10 @@ import asyncio
 import sys
 from typing import Any
 
-import common  # noqa: F401 (the runtime's settings)
+from common.dispatch import dispatch
 
 import msgspec
-from dynamo.runtime import Client, DistributedRuntime, dynamo_worker
+from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()  # type: ignore[untyped-decorator]
@@ -39,9 +39,13 @@ async def answer(client: Client, call: dict[str, Any]) -> dict[str, Any]:
     async with asyncio.timeout(10):
         await client.wait_for_instances()
         if call["instance"] is None:
-            stream = await client.round_robin(call["request"], annotated=False)
-        else:
-            stream = await client.direct(call["request"], call["instance"], annotated=False)
+            context = Context()
+            items = dispatch(
+                lambda: client.round_robin(call["request"], annotated=False, context=context),
+                context,
+            )
+            return {"items": [item async for item in items]}
+        stream = await client.direct(call["request"], call["instance"], annotated=False)
         return {"items": [item async for item in stream]}
 
 

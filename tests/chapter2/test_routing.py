@@ -5,33 +5,15 @@ import re
 from collections import Counter
 from contextlib import AsyncExitStack
 from itertools import pairwise
-from typing import Any
 
 from launch.pipeline import Pipeline
-from tests.chapter1.helpers import CHAT, chat, engine_settings, eventually, http_client, stream
+from tests.chapter1.helpers import chat, engine_settings, eventually, http_client, stream
 from tests.chapter2.conftest import RouterOf
-from tests.chapter2.helpers import Router, prompt
+from tests.chapter2.helpers import WORKER, Answer, Router, ask, prompt
 from tests.conftest import StartPipeline
 
 import httpx
 import pytest
-
-WORKER = {"nvext": {"extra_fields": ["worker_id"]}}
-
-
-class Answer:
-    """Who answered, and how much of the prompt was cached there."""
-
-    def __init__(self, document: dict[str, Any]) -> None:
-        self.worker: int = document["nvext"]["worker_id"]
-        self.prompt_tokens: int = document["usage"]["prompt_tokens"]
-        self.cached_tokens: int = document["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-
-async def ask(client: httpx.AsyncClient, text: str, max_tokens: int = 2) -> Answer:
-    response = await client.post(CHAT, json=chat(text, max_tokens=max_tokens, **WORKER))
-    assert response.status_code == 200, response.text
-    return Answer(response.json())
 
 
 async def test_a_prompt_returns_to_the_engine_that_has_it(api: httpx.AsyncClient) -> None:

@@ -1,0 +1,370 @@
+"""Engines, routers and processors die, freeze and leave: who notices, and what goes on working."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from launch.children import Children
+from launch.pipeline import Pipeline
+from launch.ports import free_port
+from tests.chapter1.helpers import (
+    CHAT,
+    chat,
+    engine_settings,
+    eventually,
+    http_client,
+    is_healthy,
+    lines_about,
+    load,
+    stream,
+)
+from tests.chapter1.test_failures import is_reason, statuses_until_served
+from tests.chapter2.conftest import RouterOf
+from tests.chapter2.helpers import Router, ask, prompt
+from tests.conftest import StartPipeline
+
+import httpx
+import psutil
+import pytest
+
+SHORT_LEASE_S = 3
+DEBUG = ["--log-level=debug"]
+
+
+@pytest.fixture
+def short_lease(servers: dict[str, str]) -> Mapping[str, str]:
+    """A dead process is listed for this long."""
+    return {**servers, "ETCD_LEASE_TTL": str(SHORT_LEASE_S)}
+
+
+async def cached_on_both(client: httpx.AsyncClient, router: Router) -> dict[int, str]:
+    """Prompts that engines have cached: one of each, by worker id, which the router knows."""
+    prompts: dict[int, str] = {}
+    for number in range(8):
+        text = prompt(f"cached{number}")
+        prompts[(await ask(client, text)).worker] = text
+    assert sorted(prompts) == [0, 1]
+    await eventually(router.is_right)
+    return prompts
+
+
+async def test_without_a_router(start_pipeline: StartPipeline, router_of: RouterOf) -> None:
+    """Requests fail with a reason, /health tells it, and a router is all that is needed."""
+    others = ["engine0", "engine1", "processor", "frontend"]
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, start=others, wait=False) as running,
+        http_client(running.url) as client,
+    ):
+        await eventually(lambda: lines_about(running.processes["frontend"], "listening on"))
+        await eventually(lambda: is_reason(client, "No router is up"))
+        for streamed in (False, True):
+            response = await client.post(CHAT, json=chat(stream=streamed))
+            assert response.status_code == 503
+            error = response.json()["error"]
+            assert error["code"] == "unavailable"
+            assert (
+                "No router is up; start one, or the processor with --router-fallback"
+                in (error["message"])
+            )
+        assert not running.processes["frontend"].ready.done()
+        running.start("router")
+        await running.wait_ready()
+        assert await is_healthy(client)
+        assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
+
+
+async def test_fallback(start_pipeline: StartPipeline, router_of: RouterOf) -> None:
+    """With --router-fallback engines take turns as long as there is no router."""
+    others = ["engine0", "engine1", "processor", "frontend"]
+    arguments = {"processor": ["--router-fallback"]}
+    async with (
+        start_pipeline(
+            chapter="chapter2", engines=2, start=others, arguments=arguments
+        ) as running,
+        http_client(running.url) as client,
+    ):  # fmt: skip
+        assert await is_healthy(client)
+        text = prompt("the same")
+        workers = [(await ask(client, text)).worker for _ in range(6)]
+        assert workers in ([0, 1] * 3, [1, 0] * 3)
+
+        running.start("router")
+        await running.processes["router"].wait_ready()
+        await router_of(running).wait_ready()
+        routed = prompt("only one engine has this")
+        assert len({(await ask(client, routed)).worker for _ in range(6)}) == 1
+
+        running.processes["router"].kill()
+        await running.processes["router"].wait()
+        began = time.monotonic()
+        workers = [(await ask(client, text)).worker for _ in range(6)]
+        assert time.monotonic() - began < 3, "asking a dead router takes long"
+        assert set(workers) == {0, 1}
+        assert await is_healthy(client)
+        processor = running.processes["processor"]
+        assert len(lines_about(processor, "round robin instead")) == 12
+
+
+async def test_the_router_is_killed_and_restarted(
+    start_pipeline: StartPipeline, router_of: RouterOf
+) -> None:
+    """What runs goes on, what comes fails; the new one has no state and is right in no time."""
+    arguments = {"engine": engine_settings(decode_base_ms=10)}
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        router = router_of(running)
+        prompts = await cached_on_both(client, router)
+        async with stream(client, chat(max_tokens=300)) as answer:
+            await answer.read_text()
+            running.processes["router"].kill()
+            await running.processes["router"].wait()
+            response = await client.post(CHAT, json=chat())
+            assert response.status_code == 503
+            assert "router" in response.json()["error"]["message"]
+            await answer.read_all()
+        assert answer.finish_reason == "length"
+
+        running.start("router")
+        began = time.monotonic()
+        await eventually(lambda: has_started(router))
+        await eventually(router.is_right)
+        took = time.monotonic() - began
+        assert took < 4, f"it took {took:.1f} s, start-up included"
+        assert all((await router.blocks()).values())
+        for worker, text in prompts.items():
+            again = await ask(client, text)
+            assert again.worker == worker
+            assert again.cached_tokens > again.prompt_tokens - 32
+        assert await is_healthy(client)
+
+
+async def has_started(router: Router) -> bool:
+    try:
+        return len(await router.state()) == 2
+    except RuntimeError:
+        return False
+
+
+async def test_kill_9_of_one_of_two_engines(
+    start_pipeline: StartPipeline, router_of: RouterOf, short_lease: Mapping[str, str]
+) -> None:
+    """What had no token yet is answered by the other; the dead one's blocks are forgotten.
+
+    It comes back with its worker id and on its ports, and has nothing cached.
+    """
+    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=400, prefill_chunk=64)
+    async with (
+        start_pipeline(
+            chapter="chapter2",
+            engines=2,
+            start=[],
+            wait=False,
+            arguments={"engine": [*DEBUG, *slow_prefill]},
+            environment=short_lease,
+        ) as running,
+        http_client(running.url, timeout=60) as client,
+    ):
+        ports = ["--kv-events-port", str(free_port()), "--metrics-port", str(free_port())]
+        running.commands["engine0"] += ports
+        for name in running.commands:
+            running.start(name)
+        await running.wait_ready()
+        router = router_of(running)
+        prompts = await cached_on_both(client, router)
+        before = {state.worker_id: state for state in await router.state()}
+        assert before[0].blocks > 6
+
+        dying = running.processes["engine0"]
+        known = len(lines_about(dying, "prompt of"))
+        asked = [
+            asyncio.create_task(ask(client, prompt(text, words=60)))
+            for text in ("one", "two", "three", "four")
+        ]
+        await eventually(lambda: len(lines_about(dying, "prompt of")) == known + 2)
+        dying.kill()
+        await dying.wait()
+        assert [(await request).worker for request in asked] == [1] * 4
+        assert len(lines_about(running.processes["processor"], "trying another")) == 2
+        await check_forgotten(router, before[0].instance_id)
+        assert (await ask(client, prompts[0])).worker == 1
+
+        running.start("engine0")
+        await dying.wait_ready()
+        await eventually(lambda: is_followed(router, before[0].instance_id), timeout=15)
+        engine0, _ = await router.state()
+        assert (engine0.blocks, engine0.state) == (0, "ready")
+        assert await router.is_right()
+        source = await router.source(engine0.instance_id)
+        assert source.events.endswith(f":{ports[1]}")
+        assert source.metrics.endswith(f":{ports[3]}")
+        answers = [await ask(client, prompt(f"new{n}", words=10)) for n in range(4)]
+        assert {answer.worker for answer in answers} == {0, 1}
+        await eventually(router.is_right)
+        assert (await router.state())[0].blocks > 0
+
+
+async def check_forgotten(router: Router, instance: int) -> None:
+    """The failed stream told it all: whether discovery still lists the engine does not matter."""
+    states = {state.instance_id: state for state in await router.state()}
+    if instance in states:
+        assert (states[instance].state, states[instance].blocks) == ("failed", 0)
+    found = await router.find(list(range(64)))
+    assert [candidate.worker_id for candidate in found.candidates] == [1]
+
+
+async def is_followed(router: Router, former: int) -> bool:
+    """Whether engine 0 is followed again, and the router no longer knows its former instance."""
+    states = [(state.worker_id, state.state) for state in await router.state()]
+    return states == [(0, "ready"), (1, "ready")] and former not in await router.blocks()
+
+
+async def test_kill_9_under_load(start_pipeline: StartPipeline) -> None:
+    """Of the requests under way only those fail whose first token had been sent."""
+    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        async with load(client, clients=8) as work:
+            await work.answers(20)
+            running.processes["engine0"].kill()
+            await running.processes["engine0"].wait()
+            await work.answers(40)
+            running.start("engine0")
+            await running.processes["engine0"].wait_ready()
+            await work.answers(40)
+        assert all("stream ended: " in failure for failure in work.failures), work.failures
+        assert len(work.failures) <= 8
+
+
+async def test_the_only_engine_dies(start_pipeline: StartPipeline) -> None:
+    async with (
+        start_pipeline(chapter="chapter2", engines=1) as running,
+        http_client(running.url) as client,
+    ):
+        assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
+        running.processes["engine0"].kill()
+        await running.processes["engine0"].wait()
+        response = await client.post(CHAT, json=chat(max_tokens=1))
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "unavailable"
+        running.start("engine0")
+        assert set((await statuses_until_served(client))[:-1]) <= {503}
+        assert [
+            (await client.post(CHAT, json=chat(f"{n}", max_tokens=1))).status_code
+            for n in range(10)
+        ] == [200] * 10
+
+
+async def test_an_engine_that_leaves_under_load_loses_no_request(
+    start_pipeline: StartPipeline, router_of: RouterOf
+) -> None:
+    """A rolling restart; the router forgets what the engine had, and follows it when it is back."""
+    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        router = router_of(running)
+        await router.wait_ready()
+        async with load(client, clients=8) as work:
+            for name in ("engine0", "engine1", "engine0"):
+                await work.answers(10)
+                running.processes[name].terminate()
+                assert await running.processes[name].wait(timeout=10) == 0
+                assert [state.state for state in await router.state()] == ["ready"]
+                await work.answers(10)
+                running.start(name)
+                await running.processes[name].wait_ready()
+                await router.wait_ready()
+        assert not work.failures
+        await eventually(router.is_right)
+
+
+async def test_an_engine_that_freezes(start_pipeline: StartPipeline, router_of: RouterOf) -> None:
+    """No sign of life: nothing is sent to it as long as there is another; then it is back."""
+    async with (
+        start_pipeline(chapter="chapter2", engines=2) as running,
+        http_client(running.url) as client,
+    ):
+        router = router_of(running)
+        prompts = await cached_on_both(client, router)
+        async with frozen(running, "engine0"):
+            await eventually(lambda: is_state(router, "silent"))
+            for text in (prompts[0], "something", "else"):
+                assert (await ask(client, text)).worker == 1
+        await eventually(lambda: is_state(router, "ready"))
+        assert (await ask(client, prompts[0])).worker == 0
+        await eventually(router.is_right)
+
+
+async def is_state(router: Router, expected: str) -> bool:
+    return (await router.state())[0].state == expected
+
+
+@asynccontextmanager
+async def frozen(running: Pipeline, name: str) -> AsyncIterator[None]:
+    process = psutil.Process(running.processes[name].pid)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+async def test_the_others_restart_alone(
+    start_pipeline: StartPipeline, router_of: RouterOf
+) -> None:  # fmt: skip
+    """What is cached, and known to be, does not depend on processors and frontends."""
+    async with start_pipeline(chapter="chapter2", engines=2) as running:
+        router = router_of(running)
+        async with http_client(running.url) as client:
+            prompts = await cached_on_both(client, router)
+            running.processes["processor"].kill()
+            await running.processes["processor"].wait()
+            running.start("processor")
+            await statuses_until_served(client)
+            for worker, text in prompts.items():
+                assert (await ask(client, text)).worker == worker
+        await running.processes["frontend"].restart()
+        async with http_client(running.url) as client:
+            for worker, text in prompts.items():
+                assert (await ask(client, text)).worker == worker
+
+
+async def test_two_routers(
+    start_pipeline: StartPipeline, router_of: RouterOf, children: Children
+) -> None:
+    """They take turns, know the same, and one of them is enough."""
+    arguments = {"router": DEBUG, "engine": engine_settings(decode_base_ms=5)}
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        router = router_of(running)
+        first = running.processes["router"]
+        second = children.start("router2", running.commands["router"], running.environment)
+        await second.wait_ready()
+        await eventually(lambda: count(router, 2))
+        for instance in await router.routers():
+            await eventually(lambda: knows_both(router, instance))  # noqa: B023
+        async with load(client, clients=8) as work:
+            await work.answers(30)
+            assert lines_about(first, "best score")
+            assert lines_about(second, "best score")
+            second.kill()
+            await second.wait()
+            await work.answers(30)
+        assert not work.failures
+
+
+async def count(router: Router, routers: int) -> bool:
+    return len(await router.routers()) == routers
+
+
+async def knows_both(router: Router, instance: int) -> bool:
+    return [state.state for state in await router.state(instance)] == ["ready"] * 2
