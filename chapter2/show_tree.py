@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-SHOWN_CHARACTERS = 48
+SHOWN_CHARACTERS = 36
 
 
 @dataclass

@@ -26,6 +26,7 @@ def watch(addresses: list[str], workers: dict[str, str], *, heartbeats: bool) ->
     """Print what is published at `addresses`, without end; `workers` has names by topic."""
     with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.linger = 0
+        socket.ipv6 = True  # takes IPv4 addresses, too
         socket.subscribe("")
         for address in addresses:
             socket.connect(address)

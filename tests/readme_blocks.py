@@ -16,6 +16,8 @@ a command must only succeed. Words after `console`:
 
 - `terminal=N`: the block is typed in another terminal; each keeps its folder and variables.
 - `background`: the last command goes on running; its promised lines are the first it prints.
+- `continues`: the block has no command; its lines are what the command that runs in that terminal
+  prints after what was promised of it so far.
 - `numbers=vary`: any number may stand where the README has a number.
 
 Terminals begin in the README's folder, with the .venv activated. A block of another kind that
@@ -39,7 +41,7 @@ class ReadmeError(Exception):
 
 @dataclass
 class Step:
-    """A command, or `^C`, and the lines that it is to print."""
+    """A command, `^C`, or "" for what runs already, and the lines that it is to print."""
 
     command: str
     promised: list[str] = field(default_factory=list)
@@ -94,10 +96,15 @@ def _read_block(line: int, words: list[str], content: str) -> Block:
             block.background = True
         elif word == "numbers=vary":
             block.numbers_vary = True
+        elif word == "continues":
+            block.steps.append(Step(""))
         else:
             raise ReadmeError(f"line {line}: unknown word {word!r} after `console`")
+    continues = bool(block.steps)
     for text in content.splitlines():
-        if text.startswith("$ "):
+        if continues:
+            block.steps[0].promised.append(text)
+        elif text.startswith("$ "):
             block.steps.append(Step(text.removeprefix("$ ")))
         elif text == "^C":
             block.steps.append(Step(text))

@@ -44,7 +44,8 @@ class Terminal:
             start_new_session=True,
         )
         self._output = ""
-        self._begin = 0
+        self._begin = 0  # of the command's output, of which so much was promised:
+        self._read_to = 0
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -55,7 +56,7 @@ class Terminal:
     def type(self, command: str) -> None:
         if self.running:
             raise ReadmeError(f"`{command}` is typed while another command runs in the terminal")
-        self._begin = len(self._output)
+        self._begin, self._read_to = len(self._output), 0
         self.running = True
         self._write(f"{{ {command}\n}} </dev/null\nprintf '\\036%s\\n' $?\n")
 
@@ -63,7 +64,7 @@ class Terminal:
         """Ctrl-C; what is printed from now on is the output."""
         if not self.running:
             raise ReadmeError("^C, but no command runs in the terminal")
-        self._begin = len(self._output)
+        self._begin, self._read_to = len(self._output), 0
         os.killpg(self._shell.pid, signal.SIGINT)
 
     def wait_end(self) -> tuple[str, int]:
@@ -77,14 +78,22 @@ class Terminal:
         return text + "\n" if text and not text.endswith("\n") else text, int(end[1])
 
     def wait_beginning(self, promised: "re.Pattern[str]") -> None:
-        """Wait until the output of the running command begins as promised."""
+        """Wait until the output of the running command goes on as promised; then it is read."""
 
         def enough(output: str) -> bool:
-            return promised.match(output) is not None or END.search(output) is not None
+            return (
+                promised.match(output, self._read_to) is not None or END.search(output) is not None
+            )
 
+        if not self.running:
+            raise ReadmeError("no command runs in the terminal")
         output = self.wait_output(enough, TIMEOUT)
-        if promised.match(output) is None:
-            raise ReadmeError(f"the output does not begin as promised; it is:\n{output}")
+        read = promised.match(output, self._read_to)
+        if read is None:
+            raise ReadmeError(
+                f"the output does not begin as promised; it is:\n{output[self._read_to :]}"
+            )
+        self._read_to = read.end()
 
     def has_ended(self) -> bool:
         return END.search(self._output, self._begin) is not None
@@ -160,9 +169,9 @@ def run_step(terminal: Terminal, block: Block, step: Step) -> None:
     promised = promise(step.promised, numbers_vary=block.numbers_vary)
     if step.command == "^C":
         terminal.interrupt()
-    else:
+    elif step.command:
         terminal.type(step.command)
-    if block.background and step is block.steps[-1]:
+    if not step.command or (block.background and step is block.steps[-1]):
         terminal.wait_beginning(promised)
         return
     output, status = terminal.wait_end()

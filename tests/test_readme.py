@@ -100,6 +100,10 @@ def run_text(folder: Path, text: str) -> None:
         "```console terminal=2 background\n$ echo up; sleep 60\nup\n```\n"
         "```console\n$ echo hi\nhi\n```\n"
         "```console terminal=2\n^C\n$ echo again\nagain\n```",
+        "```console terminal=2 background\n$ mkfifo f; echo up; cat f; sleep 60\nup\n```\n"
+        "```console\n$ printf 'one\\ntwo\\nthree 3\\n' > f\n```\n"
+        "```console terminal=2 continues\none\n```\n"
+        "```console terminal=2 continues numbers=vary\n…\nthree 4\n```",
         "```sh norun: needs a GPU\n$ rm -rf /nothing\n```",
         "```python\nimport common\n```",
     ],
@@ -123,6 +127,12 @@ def test_a_readme_that_keeps_its_promise(tmp_path: Path, block: str) -> None:
         ),
         ("```console background\n$ echo dead\nalive\n```", "(?s)begin as promised.*dead"),
         ("```console\n^C\n```", "no command runs"),
+        ("```console continues\nup\n```", "no command runs"),
+        (
+            "```console terminal=2 background\n$ echo up; echo more; sleep 2\nup\n```\n"
+            "```console terminal=2 continues\nup\n```",
+            "(?s)begin as promised; it is:\nmore",
+        ),
         ("```console\nhello\n```", "begins with"),
         ("```console quietly\n$ true\n```", "unknown word 'quietly'"),
         ("```sh\ncurl localhost\n```", "line 1: commands that are not run"),
