@@ -13,12 +13,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """Seconds from the request to the first token and to the end; tokens and events in all."""
+    """Seconds from the request to the first token and to the end; tokens and events in all.
+
+    `worker_id` is there if the request asks for it.
+    """
 
     ttft_s: float
     total_s: float
     tokens: int
     events: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    worker_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ async def run_load(port: int, bodies: list[dict[str, Any]], streams: int) -> Loa
 
     async def one_stream() -> None:
         for body in waiting:
-            answers.append(await _ask(port, body))
+            answers.append(await ask(port, body))
 
     started = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
@@ -57,7 +63,15 @@ async def run_load(port: int, bodies: list[dict[str, Any]], streams: int) -> Loa
     return Load(answers, time.perf_counter() - started)
 
 
-async def _ask(port: int, body: dict[str, Any]) -> Answer:
+async def ask(port: int, body: dict[str, Any]) -> Answer:
+    """Send one request, of a completion if it has a `prompt`, and read its answer to the end.
+
+    Raises:
+        RuntimeError: it was an error, or had no token counts.
+    """
+    path, text = b"chat/completions", b'"content":"'
+    if "prompt" in body:
+        path, text = b"completions", b'"text":"'
     document = json.dumps(
         {**body, "stream": True, "stream_options": {"include_usage": True}}
     ).encode()
@@ -65,25 +79,37 @@ async def _ask(port: int, body: dict[str, Any]) -> Answer:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"POST /v1/%b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            % (len(document), document)
+            % (path, len(document), document)
         )
         status = await reader.readline()
         if b" 200 " not in status:
             raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()}")
-        first, tokens, events = 0.0, 0, 0
+        first, events = 0.0, 0
+        usage: dict[str, Any] = {}
+        worker_id: int | None = None
         async for line in reader:
             if not line.startswith(b"data: "):
                 continue
             events += 1
             # The role may come in an event of its own, before there is any token.
-            if not first and b'"content":"' in line and b'"content":""' not in line:
+            if not first and text in line and text + b'"' not in line:
                 first = time.perf_counter() - started
             if b'"completion_tokens":' in line:
-                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-        if not first or not tokens:
+                usage = json.loads(line[6:])["usage"]
+            if b'"worker_id":' in line:
+                worker_id = json.loads(line[6:])["nvext"]["worker_id"]
+        if not first or not usage:
             raise RuntimeError("the stream ended without tokens or token counts")
-        return Answer(first, time.perf_counter() - started, tokens, events)
+        return Answer(
+            first,
+            time.perf_counter() - started,
+            usage["completion_tokens"],
+            events,
+            usage["prompt_tokens"],
+            usage["prompt_tokens_details"]["cached_tokens"],
+            worker_id,
+        )
     finally:
         writer.close()

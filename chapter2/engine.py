@@ -3,6 +3,7 @@
 Endpoints: `engine.generate` runs the model, `engine.info` says which model that is. For the
 router it publishes over ZMQ what it has cached and how busy it is: `engine.kv_source` says where,
 and `engine.kv_snapshot` gives what is cached now to who was not there when it happened.
+`engine.clear_kv_blocks` forgets what no running request holds.
 """
 
 import argparse
@@ -68,6 +69,12 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         for part in publisher.snapshot():
             yield to_wire(part)
 
+    async def clear_kv_blocks(
+        request: Any, context: Context
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        await engine.clear_cache()
+        yield to_wire(engine.metrics())
+
     host = args.kv_host or kv_host()
     async with publishing(engine, host, args.kv_events_port, args.metrics_port) as publisher:
         try:
@@ -78,6 +85,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                     f"{args.namespace}.engine.info": engine_info,
                     f"{args.namespace}.engine.kv_source": kv_source,
                     f"{args.namespace}.engine.kv_snapshot": kv_snapshot,
+                    f"{args.namespace}.engine.clear_kv_blocks": clear_kv_blocks,
                 },
                 failed=engine.failed,
             )

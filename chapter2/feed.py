@@ -18,6 +18,7 @@ from common.kv import BlockStored, KvEventBatch, MetricsBatch
 from common.protocol import from_wire
 from common.protocol_router import KvSnapshotPart, KvSource
 from common.telemetry import log
+from common.waiting import complete_with_failure
 
 import msgspec
 import zmq
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 
 class Feed:
-    """Feeds `selector` while its block lasts; see `following`."""
+    """Feeds `selector` while its block lasts, or until it `failed`; see `following`."""
 
     def __init__(
         self, selector: Selector, engines: Client, sources: Client, snapshots: Client
@@ -43,6 +44,7 @@ class Feed:
         self.selector = selector
         self._engines, self._sources, self._snapshots = engines, sources, snapshots
         self._synced = asyncio.Event()
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context()
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -168,6 +170,7 @@ async def following(
     ]
     feed = Feed(selector, *clients)
     task = asyncio.create_task(feed.follow_discovery())
+    task.add_done_callback(lambda task: complete_with_failure(feed.failed, task))
     try:
         yield feed
     finally:

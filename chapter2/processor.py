@@ -113,6 +113,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         try:
             wanted = FindWorkerRequest(prompt, model.name, failed=tried)
             chosen = await find_worker(router, wanted, context)
+            while chosen.instance_id not in engine.instance_ids():  # has left this very moment
+                tried.append(chosen.instance_id)
+                chosen = await find_worker(router, wanted, context)
         except PipelineError as error:
             if not args.router_fallback or error.info.kind != "unavailable":
                 raise

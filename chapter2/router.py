@@ -62,6 +62,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 f"{args.namespace}.router.find_worker": find_worker,
                 f"{args.namespace}.router.state": state,
             },
+            failed=feed.failed,
         )
 
 

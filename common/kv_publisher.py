@@ -19,6 +19,7 @@ from common.kv_mirror import KvMirror
 from common.protocol import EngineMetrics
 from common.protocol_router import KvSnapshotPart, KvSource
 from common.telemetry import log
+from common.waiting import complete_with_failure
 
 import msgspec
 import zmq
@@ -117,12 +118,12 @@ async def publishing(
         engine.subscribe(publish)
         log.info("KV events on %s, load on %s", publisher.source.events, publisher.source.metrics)
         task = asyncio.create_task(publisher.keep_publishing())
+        task.add_done_callback(lambda task: complete_with_failure(engine.failed, task))
         try:
             yield publisher
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)
 
 
 def _bind(socket: "zmq.Socket[bytes]", host: str, port: int | None, default: int) -> None:

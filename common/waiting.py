@@ -1,4 +1,4 @@
-"""Waiting for the first of several things, and passing a stop on."""
+"""Waiting for the first of several things; passing a stop or a failure on."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -20,3 +20,10 @@ async def link(parent: Context, child: Context) -> None:
     """Stop `child` when `parent` is stopped."""
     await parent.async_killed_or_stopped()
     child.stop_generating()
+
+
+def complete_with_failure(failed: asyncio.Future[BaseException], task: asyncio.Task[None]) -> None:
+    """For a task's done callback: if the task failed, its exception becomes `failed`'s result."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not failed.done():
+        failed.set_result(error)
