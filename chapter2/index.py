@@ -92,14 +92,10 @@ class KvIndex:
     def _remove(self, instance: int, names: dict[int, int], event: BlockRemoved) -> None:
         known = [block for block in event.block_hashes if block in names]
         gone = [names.pop(block) for block in known]
-        try:
+        # What follows a removed block goes with it in the tree, which then complains when the
+        # event names that, too: SGLang removes a block before those that follow it.
+        with contextlib.suppress(UnknownBlockError):
             self._send(instance, {"removed": {"block_hashes": gone}})
-        except UnknownBlockError:
-            # What follows a removed block goes with it in the tree, but SGLang removes a block
-            # before those that follow it: they are gone already, the others in the list are not.
-            for name in gone:
-                with contextlib.suppress(UnknownBlockError):
-                    self._send(instance, {"removed": {"block_hashes": [name]}})
         if len(known) < len(event.block_hashes):
             raise UnknownBlockError("a block was removed that was not cached")
 
