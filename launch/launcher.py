@@ -60,7 +60,7 @@ async def launch(arguments: argparse.Namespace) -> int:
     0 when the questions were answered, or a signal ended the serving; 1 when something
     failed; 128 + signal number when a signal came before the work was done.
     """
-    components(arguments.chapter)
+    _check_chapter(arguments)
     named = _named_servers()
     _check_model(arguments.model)
     options = Options(
@@ -119,6 +119,13 @@ def _named_servers() -> dict[str, str]:
         return {name: ",".join(server_addresses(name)) for name in names}
     except ComponentError as error:
         raise LaunchError(str(error)) from error
+
+
+def _check_chapter(arguments: argparse.Namespace) -> None:
+    """There is such a chapter, and it has a router if a policy was chosen."""
+    routed = any("policy" in component.options for component in components(arguments.chapter))
+    if arguments.policy is not None and not routed:
+        raise LaunchError(f"--policy: {arguments.chapter} has no router")
 
 
 def _check_model(model: str | None) -> None:

@@ -180,6 +180,18 @@ def test_several_questions_and_engines(folder: Path) -> None:
         assert "starting engine0, engine1, processor, frontend" in launcher.stderr
 
 
+def test_a_router_has_two_engines_and_the_policy_of_the_command_line(folder: Path) -> None:
+    arguments = ["--backend", "simulated", "--policy", "round_robin", "--verbose"]
+    arguments += [argument for text in ("one", "two", "three") for argument in ("--ask", text)]
+    with launched(folder, "chapter2", *arguments) as launcher:
+        launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
+        assert launcher.wait() == 0, launcher.stderr
+        assert "starting engine0, engine1, router, processor, frontend" in launcher.stderr
+        assert "policy round_robin" in launcher.stderr
+        assert STATS.findall(launcher.stdout) in (["0", "1", "0"], ["1", "0", "1"])
+        launcher.check_nothing_left()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serves_until_a_signal(folder: Path, number: signal.Signals) -> None:
     with launched(folder, *SIMULATED) as launcher:
@@ -194,13 +206,21 @@ def test_serves_until_a_signal(folder: Path, number: signal.Signals) -> None:
         launcher.check_nothing_left()
 
 
-def test_the_components_stop_before_what_they_call(folder: Path) -> None:
-    with launched(folder, *SIMULATED) as launcher:
+@pytest.mark.parametrize(
+    ("chapter", "expected"),
+    [
+        ("chapter1", ["frontend", "processor", "engine0"]),
+        ("chapter2", ["frontend", "processor", "router", "engine0"]),
+    ],
+)
+def test_the_components_stop_before_what_they_call(
+    folder: Path, chapter: str, expected: list[str]
+) -> None:
+    with launched(folder, chapter, "--backend", "simulated", "--engines", "1") as launcher:
         launcher.wait_until_ready()
         launcher.process.send_signal(signal.SIGINT)
         assert launcher.wait() == 0, launcher.stderr
-        order = re.findall(r"(\w+) \| .*draining", launcher.stderr)
-        assert order == ["frontend", "processor", "engine0"]
+        assert re.findall(r"(\w+) \| .*draining", launcher.stderr) == expected
 
 
 def test_ctrl_c_before_the_answer(folder: Path) -> None:
@@ -224,9 +244,18 @@ def test_ctrl_c_twice_kills(folder: Path) -> None:
         launcher.check_nothing_left()
 
 
-@pytest.mark.parametrize("name", ["nats-server", "etcd", "chapter1.engine", "chapter1.frontend"])
-def test_a_crash_of_any_child_stops_everything(folder: Path, name: str) -> None:
-    with launched(folder, *SIMULATED) as launcher:
+@pytest.mark.parametrize(
+    ("chapter", "name"),
+    [
+        ("chapter1", "nats-server"),
+        ("chapter1", "etcd"),
+        ("chapter1", "chapter1.engine"),
+        ("chapter1", "chapter1.frontend"),
+        ("chapter2", "chapter2.router"),
+    ],
+)
+def test_a_crash_of_any_child_stops_everything(folder: Path, chapter: str, name: str) -> None:
+    with launched(folder, chapter, "--backend", "simulated") as launcher:
         launcher.wait_until_ready()
         launcher.child(name).kill()
         assert launcher.wait() == 1
@@ -368,6 +397,8 @@ def test_what_is_no_address_of_a_server(folder: Path) -> None:
         (["chapter1", "--port", "99999"], 2, "--port: '99999' is not a port number (1 to 65535)"),
         (["chapter1", "--namespace", "a.b"], 2, "--namespace: 'a.b' is not of letters, digits"),
         (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
+        (["chapter2", "--policy", "magic"], 2, "'kv', 'least_loaded', 'round_robin', 'random'"),
+        (["chapter1", "--policy", "kv"], 1, "--policy: chapter1 has no router"),
     ],
 )
 def test_wrong_arguments(folder: Path, arguments: list[str], status: int, message: str) -> None:

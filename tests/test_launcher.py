@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from launch.chapters import ENGINE, ROUTER, Component, Options, components, processes
 from launch.child import ChildFailedError
 from launch.children import Children
 from launch.launcher import StopSignals, _check_stopped, _until_done
@@ -51,3 +52,25 @@ async def test_a_component_that_does_not_stop_well_is_told(
     assert _check_stopped(running) == status
     told = "warning: while stopping, a exited with status 3" in capsys.readouterr().err
     assert told == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("chapter", "engines", "expected"),
+    [("chapter1", None, 1), ("chapter2", None, 2), ("chapter1", 3, 3), ("chapter2", 1, 1)],
+)
+def test_the_number_of_engines(chapter: str, engines: int | None, expected: int) -> None:
+    """A router has something to choose from, unless the user says otherwise."""
+    commands = dict(processes(chapter, ENGINE, Options(engines=engines)))
+    assert list(commands) == [f"engine{number}" for number in range(expected)]
+    for number, command in enumerate(commands.values()):
+        assert command[-2:] == ["--worker-id", str(number)]
+
+
+def test_the_policy_goes_to_the_router_alone() -> None:
+    def with_policy(component: Component, options: Options) -> bool:
+        ((_, command), *_) = processes("chapter2", component, options)
+        return "--policy random" in " ".join(command)
+
+    routed = [c for c in components("chapter2") if with_policy(c, Options(policy="random"))]
+    assert routed == [ROUTER]
+    assert not with_policy(ROUTER, Options()), "the default is the component's own"
