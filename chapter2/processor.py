@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.dispatch import dispatch
 from common.model_files import DEFAULT_MODEL
@@ -29,7 +29,7 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
-from common.protocol_router import FindWorkerOutput, FindWorkerRequest
+from common.protocol_router import FindWorkerOutput, FindWorkerRequest, WorkerState
 from common.telemetry import log, request_log
 from common.text import load_text_model
 from common.text_stream import TextStream
@@ -37,6 +37,8 @@ from common.waiting import first_of, link
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
+
+T = TypeVar("T")
 
 
 @dynamo_worker()
@@ -48,7 +50,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     engine = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
     engine_info = await runtime.endpoint(f"{args.namespace}.engine.info").client()
     router = await runtime.endpoint(f"{args.namespace}.router.find_worker").client()
-    required = [] if args.router_fallback else [router]
+    router_state = await runtime.endpoint(f"{args.namespace}.router.state").client()
+    required = [] if args.router_fallback else [router_state]
     known: EngineInfo | None = None
 
     async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -132,7 +135,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                     stopped = context.async_killed_or_stopped()
                     await first_of(client.wait_for_instances(), stopped, life.stop.wait())
             for client in required:
-                check_listed(client)
+                # One that was killed is listed until its lease expires, but does not answer.
+                await ask_router(client, {}, WorkerState, context)
             reply = InfoOutput(engine=await checked_engine(context))
         except PipelineError as error:
             reply = InfoOutput(error=error.info)
@@ -165,15 +169,7 @@ async def find_worker(
     Raises:
         PipelineError: kind `unavailable`, there is no router or no engine.
     """
-    check_listed(router)
-    wire = to_wire(request)
-    try:
-        items = dispatch(
-            lambda: router.round_robin(wire, annotated=False, context=context), context
-        )
-        outputs = [from_wire(item, FindWorkerOutput) async for item in items]
-    except Exception as error:
-        raise PipelineError.of(hop_error(error, "router")) from error
+    outputs = await ask_router(router, to_wire(request), FindWorkerOutput, context)
     if not outputs:
         raise PipelineError("unavailable", "The router gave no answer.")
     if outputs[0].error is not None:
@@ -181,12 +177,22 @@ async def find_worker(
     return outputs[0]
 
 
-def check_listed(router: Client) -> None:
-    if not router.instance_ids():
-        raise PipelineError(
-            "unavailable",
-            "No router is up; start one, or the processor with --router-fallback.",
+async def ask_router(client: Client, request: Any, answer: type[T], context: Context) -> list[T]:
+    """The items that a router answers with.
+
+    Raises:
+        PipelineError: kind `unavailable`, no router is up.
+    """
+    if not client.instance_ids():
+        message = "No router is up; start one, or the processor with --router-fallback."
+        raise PipelineError("unavailable", message)
+    try:
+        items = dispatch(
+            lambda: client.round_robin(request, annotated=False, context=context), context
         )
+        return [from_wire(item, answer) async for item in items]
+    except Exception as error:
+        raise PipelineError.of(hop_error(error, "router")) from error
 
 
 async def ask_engine(client: Client, context: Context) -> EngineInfo:

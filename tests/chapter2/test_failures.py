@@ -41,9 +41,10 @@ def short_lease(servers: dict[str, str]) -> Mapping[str, str]:
 
 async def cached_on_both(client: httpx.AsyncClient, router: Router) -> dict[int, str]:
     """Prompts that engines have cached: one of each, by worker id, which the router knows."""
+    await router.wait_ready()
     prompts: dict[int, str] = {}
-    for number in range(8):
-        text = prompt(f"cached{number}")
+    for number in range(2):
+        text = prompt(f"cached{number}", words=40)
         prompts[(await ask(client, text)).worker] = text
     assert sorted(prompts) == [0, 1]
     await eventually(router.is_right)
@@ -125,6 +126,7 @@ async def test_the_router_is_killed_and_restarted(
             response = await client.post(CHAT, json=chat())
             assert response.status_code == 503
             assert "router" in response.json()["error"]["message"]
+            assert await is_reason(client, "router"), "though it is listed for a while"
             await answer.read_all()
         assert answer.finish_reason == "length"
 
@@ -156,7 +158,7 @@ async def test_kill_9_of_one_of_two_engines(
 
     It comes back with its worker id and on its ports, and has nothing cached.
     """
-    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=400, prefill_chunk=64)
+    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=1000, prefill_chunk=64)
     async with (
         start_pipeline(
             chapter="chapter2",
@@ -356,6 +358,11 @@ async def test_two_routers(
             await work.answers(30)
             assert lines_about(first, "best score")
             assert lines_about(second, "best score")
+            first.terminate()
+            assert await first.wait(timeout=5) == 0
+            await work.answers(20)
+            running.start("router")
+            await first.wait_ready()
             second.kill()
             await second.wait()
             await work.answers(30)
