@@ -20,7 +20,7 @@ PREFIX_BLOCKS, OWN_BLOCKS = 16, 48
 KEPT_SEQUENCES = 8  # on each engine
 PROMPT_BLOCKS = 8  # that a prompt adds to what is cached
 STORED_BLOCKS = HOURS * ENGINES * SEQUENCES_AN_HOUR * OWN_BLOCKS  # and the prefixes
-GROWTH_MB = 24  # an index that kept all of these would need about 500
+GROWTH_MB = 8  # an index that kept all of these would need about 500
 
 
 def new_tokens(rng: random.Random, blocks: int) -> list[int]:
