@@ -58,7 +58,7 @@ def reachable(mirror: KvMirror) -> dict[int, tuple[int | None, tuple[int, ...]]]
 
 
 @given(histories())
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 def test_the_events_rebuild_the_same_content(history: list[KvEvent]) -> None:
     mirror = mirror_of(history)
     events = mirror.events()
@@ -119,14 +119,16 @@ def test_the_cost_grows_with_the_number_of_blocks_and_no_faster(
 ) -> None:
     """Snapshots are made on the engine's event loop, while requests wait."""
 
-    def seconds(blocks: int) -> float:
+    def seconds(blocks: int, times: int) -> float:
         events = shape(blocks)
         best = float("inf")
-        for _ in range(3):
+        for _ in range(times):
             start = time.process_time()
             rebuilt = mirror_of(events).events()
             best = min(best, time.process_time() - start)
         assert sum(len(event.block_hashes) for event in rebuilt) == blocks
         return best
 
-    assert seconds(100_000) < 40 * seconds(10_000)  # 10 times as much, 100 if it were quadratic
+    assert seconds(100_000, 1) < 40 * seconds(
+        10_000, 3
+    )  # 10 times as much, 100 if it were quadratic
