@@ -74,8 +74,11 @@ def merged(engines: list[Known]) -> Node:
 
 
 def draw(node: Node, tree: Tree, model: TextModel) -> None:
-    """Add a line for each branch; blocks that follow each other alone share one."""
-    for tokens, child in node.children.items():
+    """Add a line for each branch; blocks that follow each other alone share one.
+
+    The order is that of the token ids, so that it does not depend on who came first.
+    """
+    for tokens, child in sorted(node.children.items()):
         blocks, token_ids, last = 1, list(tokens), child
         while len(last.children) == 1:
             ((following, after),) = last.children.items()

@@ -230,7 +230,7 @@ def test_chapter_diff_shows_the_lesson_alone(tmp_path: Path) -> None:
         folder = tmp_path / f"chapter{number}"
         folder.mkdir()
         (folder / "engine.py").write_text(
-            f'"""Chapter {number}."""\nimport chapter{number}\n{line}\n'
+            f'"""Chapter {number}."""\nimport chapter{number}\n# chapter {number}\n{line}\n'
         )
     (tmp_path / "chapter2" / "router.py").write_text("new\n")
     result = subprocess.run(
