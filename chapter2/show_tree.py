@@ -122,8 +122,11 @@ def count(blocks: int) -> str:
 async def ask_router(runtime: DistributedRuntime, namespace: str) -> dict[int, WorkerState]:
     """What the router believes, by instance."""
     router = await find(runtime, namespace, "router.state")
-    stream = await router.round_robin({"blocks": True}, annotated=False)
-    states = [from_wire(item, WorkerState) async for item in stream]
+    try:
+        stream = await router.round_robin({"blocks": True}, annotated=False)
+        states = [from_wire(item, WorkerState) async for item in stream]
+    except Exception as error:  # its process may be gone, and its lease not yet over
+        raise ComponentError(f"the router does not answer: {error}") from error
     return {state.instance_id: state for state in states}
 
 

@@ -55,13 +55,13 @@ def drawn(model: TextModel, *engines: Known) -> list[str]:
 
 def tokens(model: TextModel, blocks: int) -> list[int]:
     """A long text, cut to some blocks."""
-    return model.encode("one two three four five six seven eight " * 4)[: blocks * BLOCK]
+    return model.encode("one two three four go to my home " * 4)[: blocks * BLOCK]
 
 
 def test_a_chain_of_blocks_is_one_line(model: TextModel) -> None:
     assert drawn(model, engine(0, tokens(model, 2))) == [
         "root",
-        '└── 2 blocks in worker 0: "one two three four five six seven eight"',
+        '└── 2 blocks in worker 0: "one two three four go to my home"',
     ]
 
 
@@ -69,9 +69,9 @@ def test_prompts_with_a_common_beginning_branch(model: TextModel) -> None:
     one, other = tokens(model, 3), [*tokens(model, 2), *model.encode(" and so on it")]
     assert drawn(model, engine(0, one), engine(1, other)) == [
         "root",
-        '└── 2 blocks in worker 0, worker 1: "one two three four five six seven eight"',
-        '    ├── 1 block in worker 0: " one two three four"',
-        '    └── 1 block in worker 1: " and so on it"',
+        '└── 2 blocks in worker 0, worker 1: "one two three four go to my home"',
+        '    ├── 1 block in worker 1: " and so on it"',
+        '    └── 1 block in worker 0: " one two three four"',
     ]
 
 
@@ -79,13 +79,13 @@ def test_what_only_one_engine_has_of_a_chain_is_a_branch(model: TextModel) -> No
     assert drawn(model, engine(0, tokens(model, 1)), engine(1, tokens(model, 2))) == [
         "root",
         '└── 1 block in worker 0, worker 1: "one two three four"',
-        '    └── 1 block in worker 1: " five six seven eight"',
+        '    └── 1 block in worker 1: " go to my home"',
     ]
 
 
 def test_long_text_loses_its_middle(model: TextModel) -> None:
     assert drawn(model, engine(0, tokens(model, 6)))[1] == (
-        '└── 6 blocks in worker 0: "one two three four … six seven eight"'
+        '└── 6 blocks in worker 0: "one two three four … four go to my home"'
     )
 
 
@@ -97,7 +97,7 @@ def test_blocks_unknown_to_the_router_are_marked(model: TextModel) -> None:
     assert drawn(model, engine(0, tokens(model, 2), unknown=1)) == [
         "root",
         '└── 1 block in worker 0: "one two three four"',
-        '    └── 1 block in worker 0 (unknown to the router): " five six seven eight"',
+        '    └── 1 block in worker 0 (unknown to the router): " go to my home"',
     ]
 
 
@@ -167,7 +167,7 @@ async def test_a_running_pipeline_is_drawn(
                 assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
         lines = await shown_in_step(p.namespace, servers, branches=3)
         assert lines[0] == "cached, by prefix"
-        assert 'in worker 0, worker 1: "system\\nYou know much' in lines[1]
+        assert 'in worker 0, worker 1: "system\\nYou know mu' in lines[1]
         assert lines[2].startswith("    ├── ")
         assert lines[3].startswith("    └── ")
         assert sum("in worker 0:" in line for line in lines[2:4]) == 1
@@ -210,6 +210,20 @@ async def test_without_a_router_it_says_so(
             f"error: no router with the endpoint router.state is up in the namespace {p.namespace}"
             in errors
         )
+
+
+async def test_a_killed_router_does_not_answer(
+    start_pipeline: StartPipeline, servers: dict[str, str]
+) -> None:
+    """It is listed until its lease expires."""
+    start = ("engine0", "engine1", "router")
+    async with start_pipeline(chapter="chapter2", engines=2, start=start) as p:
+        await shown_in_step(p.namespace, servers)
+        p.processes["router"].kill()
+        await p.processes["router"].wait()
+        _, errors, status = await shown("--namespace", p.namespace, environment=servers)
+        assert status == 1
+        assert "error: the router does not answer: " in errors
 
 
 async def test_without_an_engine_it_says_so(namespace: str, servers: dict[str, str]) -> None:
