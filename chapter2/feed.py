@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from chapter2.index import UnknownBlockError
 from chapter2.selector import Selector
 from chapter2.workers import Worker
-from common.kv import BlockStored, KvEventBatch, MetricsBatch
+from common.kv import AllBlocksCleared, BlockStored, KvEventBatch, MetricsBatch
 from common.protocol import from_wire
 from common.protocol_router import KvSnapshotPart, KvSource
 from common.telemetry import log
@@ -127,8 +127,11 @@ class Feed:
                     log.warning("worker %d: missed events %d to %d; taking a snapshot",
                                 worker.source.info.worker_id, expected, seq - 1)  # fmt: skip
                     break
+                events = _decode_events(payload).events
+                if any(isinstance(event, AllBlocksCleared) for event in events):
+                    worker.expect_nothing()
                 try:
-                    self.selector.index.apply(worker.instance, _decode_events(payload).events)
+                    self.selector.index.apply(worker.instance, events)
                 except UnknownBlockError as error:
                     log.warning("worker %d: %s; taking a snapshot",
                                 worker.source.info.worker_id, error)  # fmt: skip

@@ -74,6 +74,10 @@ class Worker:
         self.metrics = None
         self._routed.clear()
         self._routed_blocks = 0
+        self.expect_nothing()
+
+    def expect_nothing(self) -> None:
+        """What was routed here is not cached, or not any more."""
         self._expected.clear()
         self._prefixes.clear()
 
@@ -96,7 +100,7 @@ class Worker:
             instance_id=self.instance,
             worker_id=info.worker_id,
             overlap_blocks=self.overlap(names, cached),
-            kv_usage=min(used / metrics.total_blocks, 1.0),
+            kv_usage=min(used / max(metrics.total_blocks, 1), 1.0),
             running=metrics.running + len(self._routed) - queued,
             waiting=metrics.waiting + queued,
         )

@@ -49,7 +49,7 @@ class FindWorkerOutput(msgspec.Struct, omit_defaults=True):
     """The choice and why, or the `error`; `candidates` holds every engine considered.
 
     `overlap_blocks` and `overlap_tokens` are the part of the prompt that the chosen engine has
-    cached already.
+    cached, or will have when what was just routed to it is computed.
     """
 
     instance_id: int = 0
