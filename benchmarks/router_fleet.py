@@ -60,18 +60,16 @@ class Fleet:
                 if number % every == 0:
                     self.sample.append(Cached(instance, tokens, event.block_hashes))
 
-    def prompts(self, seed: str, count: int) -> list[list[int]]:
+    def prompts(self, seed: str, count: int) -> Iterator[list[int]]:
         """Half of them, in no order, begin like something that is cached; the rest is new."""
         rng = random.Random(seed)
-        prompts: list[list[int]] = []
         for _ in range(count):
             known: list[int] = []
             if rng.random() < 0.5:
                 cached = rng.choice(self.sample).token_ids
                 known = cached[: rng.randint(1, len(cached) // BLOCK_SIZE) * BLOCK_SIZE]
             new = new_tokens(rng, PROMPT_TOKENS // BLOCK_SIZE)
-            prompts.append((known + new)[:PROMPT_TOKENS])
-        return prompts
+            yield (known + new)[:PROMPT_TOKENS]
 
 
 def new_tokens(rng: random.Random, blocks: int) -> list[int]:

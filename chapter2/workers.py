@@ -25,7 +25,7 @@ class Routed:
 
     time: float
     new_blocks: int
-    names: list[int]
+    names: tuple[int, ...]  # unlike a list, nothing that the garbage collector keeps scanning
 
 
 @dataclass(eq=False, slots=True)
@@ -56,7 +56,7 @@ class Worker:
     def expect(self, names: list[int], overlap: int) -> None:
         """A prompt, given by its blocks' names, was routed here; `overlap` of them are cached."""
         now = time.monotonic()
-        routed = Routed(now, len(names) + 1 - overlap, names[overlap:])
+        routed = Routed(now, len(names) + 1 - overlap, tuple(names[overlap:]))
         self._routed.append(routed)
         self._routed_blocks += routed.new_blocks
         self._expected.append(routed)

@@ -37,13 +37,13 @@ def test_half_of_the_prompts_begin_like_what_is_cached() -> None:
     fleet = Fleet(workers=4, blocks=4000)
     selector = Selector("kv", seed=0)
     fill(selector, fleet)
-    prompts = fleet.prompts("seed", 400)
+    prompts = list(fleet.prompts("seed", 400))
     assert {len(prompt) for prompt in prompts} == {PROMPT_TOKENS}
     hashes = [compute_block_hash_for_seq(prompt, BLOCK_SIZE) for prompt in prompts]
     known = sum(1 for h in hashes if selector.index.overlaps(h))
     assert 160 <= known <= 240
-    assert prompts == Fleet(workers=4, blocks=4000).prompts("seed", 400)
-    assert prompts != fleet.prompts("another seed", 400)
+    assert prompts == list(Fleet(workers=4, blocks=4000).prompts("seed", 400))
+    assert prompts != list(fleet.prompts("another seed", 400))
 
 
 def test_the_selector_may_choose_every_engine_of_the_fleet() -> None:
