@@ -8,6 +8,9 @@ have 1024 tokens in blocks of 16; half of them begin like something that is cach
 sent, say why. `find_worker` adds what the endpoint does: the request from and the answer to its
 wire format. `find_matches` is the look-up in the tree alone, without the prompt's hashes, and so
 the limit. The peers choose without counting the prompt as sent.
+
+The second table is about following the engines: what the process grows by when all their events
+are applied, and the time to decode and apply those that store a block and those that remove one.
 """
 
 import asyncio

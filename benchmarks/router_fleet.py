@@ -135,8 +135,9 @@ def evict(selector: Selector, fleet: Fleet) -> float:
         for event in _decode(message).events:
             assert isinstance(event, BlockStored)
             removed = BlockRemoved(event.block_hashes[::-1])
+            message = _encode(KvEventBatch(0.0, [removed]))
             start = time.perf_counter()
-            selector.index.apply(instance, [removed])
+            selector.index.apply(instance, _decode(message).events)
             seconds += time.perf_counter() - start
     left = sum(selector.index.block_count(instance) for instance in fleet.instances)
     if left:
