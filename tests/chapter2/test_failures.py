@@ -158,7 +158,7 @@ async def test_kill_9_of_one_of_two_engines(
 
     It comes back with its worker id and on its ports, and has nothing cached.
     """
-    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=1000, prefill_chunk=64)
+    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=500, prefill_chunk=64)
     async with (
         start_pipeline(
             chapter="chapter2",

@@ -48,7 +48,7 @@ async def test_different_prompts_spread(api: httpx.AsyncClient) -> None:
     at_once = await asyncio.gather(*[ask(api, prompt(f"more{n}", 30)) for n in range(8)])
     for workers in (one_by_one, [answer.worker for answer in at_once]):
         assert set(Counter(workers)) == {0, 1}
-        assert min(Counter(workers).values()) >= 3
+        assert min(Counter(workers).values()) >= 2
 
 
 async def test_what_the_router_says_is_what_the_engine_finds(
