@@ -52,7 +52,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             return selector.select(wanted.token_ids, wanted.model, wanted.failed)
 
     async def state(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
-        for known in selector.workers.values():
+        for known in list(selector.workers.values()):  # they come and go between two items
             yield to_wire(selector.state(known, blocks=bool(request.get("blocks"))))
 
     async with following(runtime, args.namespace, selector) as feed:

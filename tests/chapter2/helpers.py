@@ -133,8 +133,12 @@ class Router:
         await eventually(knows_all)
 
     async def is_right(self) -> bool:
-        """Whether it believes to be cached what is cached."""
-        return await self.blocks() == await self.engines_blocks()
+        """Whether it believes to be cached what is cached; no if a listed engine is gone."""
+        believed = await self.blocks()
+        try:
+            return believed == await self.engines_blocks()
+        except RuntimeError:
+            return False
 
 
 class Answer:

@@ -45,6 +45,9 @@ async def answer(client: Client, call: dict[str, Any]) -> dict[str, Any]:
                 context,
             )
             return {"items": [item async for item in items]}
+        # Each endpoint has a watch of its own.
+        while call["instance"] not in client.instance_ids():  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0.01)
         stream = await client.direct(call["request"], call["instance"], annotated=False)
         return {"items": [item async for item in stream]}
 

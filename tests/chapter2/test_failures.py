@@ -199,7 +199,7 @@ async def test_kill_9_of_one_of_two_engines(
         await eventually(lambda: is_followed(router, before[0].instance_id), timeout=15)
         engine0, _ = await router.state()
         assert (engine0.blocks, engine0.state) == (0, "ready")
-        assert await router.is_right()
+        await eventually(router.is_right)
         source = await router.source(engine0.instance_id)
         assert source.events.endswith(f":{ports[1]}")
         assert source.metrics.endswith(f":{ports[3]}")
