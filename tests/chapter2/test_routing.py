@@ -134,7 +134,8 @@ async def heard(router: Router, total: int) -> dict[int, int]:
     """The running requests of each engine as soon as they are `total` in all."""
 
     async def is_total() -> bool:
-        return sum((await running_requests(router)).values()) == total
+        running = await running_requests(router)
+        return len(running) == 2 and sum(running.values()) == total
 
     await eventually(is_total)
     return await running_requests(router)
