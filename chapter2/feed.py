@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from chapter2.index import UnknownBlockError
 from chapter2.selector import Selector
-from chapter2.workers import Worker
+from chapter2.workers import SILENT_AFTER_S, Worker
 from common.kv import AllBlocksCleared, BlockStored, KvEventBatch, MetricsBatch
 from common.protocol import from_wire
 from common.protocol_router import KvSnapshotPart, KvSource
@@ -27,12 +27,17 @@ from dynamo.runtime import Client, DistributedRuntime
 
 DISCOVERY_CHECK_S = 0.1  # the runtime's client knows of changes, but tells nobody
 RETRY_S = 0.5
+MAX_SOCKETS = 16384  # two for each engine; ZMQ's own limit is 1023
 
 _decode_snapshot = msgspec.msgpack.Decoder(list[BlockStored]).decode
 _decode_events = msgspec.msgpack.Decoder(KvEventBatch).decode
 _decode_metrics = msgspec.msgpack.Decoder(MetricsBatch).decode
 
 T = TypeVar("T")
+
+
+class EventsEndedError(Exception):
+    """Not even empty batches come any more: the connection is dead, though perhaps not known so."""
 
 
 class Feed:
@@ -46,6 +51,7 @@ class Feed:
         self._synced = asyncio.Event()
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def follow_discovery(self) -> None:
@@ -83,8 +89,9 @@ class Feed:
             except Exception as error:
                 cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
                 log.warning("engine instance %x: %s; trying again", instance, cause)
-                self.selector.fail(instance)
-                await asyncio.sleep(RETRY_S)
+                if not isinstance(cause, EventsEndedError):
+                    self.selector.fail(instance)
+                    await asyncio.sleep(RETRY_S)
 
     async def _follow_once(self, instance: int) -> None:
         (source,) = await ask(self._sources, instance, KvSource)
@@ -116,6 +123,8 @@ class Feed:
         while True:
             seq = await self._load_snapshot(worker)
             while True:
+                if not await socket.poll(SILENT_AFTER_S * 1e3):
+                    raise EventsEndedError(f"no events for {SILENT_AFTER_S:g} s")
                 _, number, payload = await socket.recv_multipart()
                 if not worker.synced:  # a request to it failed, but it is alive
                     break
@@ -131,7 +140,7 @@ class Feed:
                 if any(isinstance(event, AllBlocksCleared) for event in events):
                     worker.expect_nothing()
                 try:
-                    self.selector.index.apply(worker.instance, events)
+                    worker.settle(self.selector.index.apply(worker.instance, events))
                 except UnknownBlockError as error:
                     log.warning("worker %d: %s; taking a snapshot",
                                 worker.source.info.worker_id, error)  # fmt: skip
@@ -139,13 +148,23 @@ class Feed:
 
     async def _load_snapshot(self, worker: Worker) -> int:
         """Begin anew with what the engine has cached now; the number of the last event in it."""
-        parts = await ask(self._snapshots, worker.instance, KvSnapshotPart)
-        events = [event for part in parts for event in _decode_snapshot(part.events)]
-        self.selector.index.replace(worker.instance, events)
+        index = self.selector.index
+        while True:
+            failures = worker.failures
+            parts = await ask(self._snapshots, worker.instance, KvSnapshotPart)
+            index.remove(worker.instance)
+            worker.expect_nothing()
+            for part in parts:
+                index.apply(worker.instance, _decode_snapshot(part.events))
+                await asyncio.sleep(0)  # decisions go on meanwhile
+                if worker.failures != failures:
+                    break
+            if worker.failures == failures:
+                break  # else the snapshot is older than the failure, and no sign of life
         worker.synced, worker.failed, worker.heard = True, False, time.monotonic()
         self._synced.set()
         log.info("worker %d: %d blocks cached", worker.source.info.worker_id,
-                 self.selector.index.block_count(worker.instance))  # fmt: skip
+                 index.block_count(worker.instance))  # fmt: skip
         return parts[0].seq
 
 

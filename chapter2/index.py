@@ -33,21 +33,24 @@ class KvIndex:
         self._names: dict[int, dict[int, int]] = {}
         self._event_id = 0
 
-    def apply(self, instance: int, events: Iterable[KvEvent]) -> None:
-        """Follow what has happened in an engine's cache.
+    def apply(self, instance: int, events: Iterable[KvEvent]) -> list[int]:
+        """Follow what has happened in an engine's cache; the names of the blocks it was about.
 
         Raises:
             UnknownBlockError: the index no longer agrees with the engine; `replace` heals it.
         """
         names = self._names.setdefault(instance, {})
+        concerned: list[int] = []
         for event in events:
             if isinstance(event, AllBlocksCleared):
                 self._tree.clear_all_blocks(instance)
+                concerned += names.values()
                 names.clear()
             elif isinstance(event, BlockStored):
-                self._store(instance, names, event)
+                concerned += self._store(instance, names, event)
             else:
-                self._remove(instance, names, event)
+                concerned += self._remove(instance, names, event)
+        return concerned
 
     def replace(self, instance: int, events: Iterable[KvEvent]) -> None:
         """Forget what is known of an engine's cache and begin anew."""
@@ -68,14 +71,30 @@ class KvIndex:
         scores = cast(dict[tuple[int, int], int], self._tree.find_matches(tokens_hashes).scores)
         return {instance: blocks for (instance, _), blocks in scores.items()}
 
-    def blocks(self, instance: int) -> list[int]:
-        """The engine's own hashes of the blocks that it has cached."""
-        return list(self._names.get(instance, ()))
+    def blocks(self) -> dict[int, list[int]]:
+        """Each engine's own hashes of the blocks that it has cached.
+
+        Read from the tree itself, all of it: for those who want to look, not for decisions. A
+        block that the tree has by mistake stands there with its name.
+        """
+        found: dict[int, list[int]] = {instance: [] for instance in self._names}
+        hashes = {
+            instance: {name: block for block, name in names.items()}
+            for instance, names in self._names.items()
+        }
+        for text in self._tree.dump_tree_as_events():
+            event = msgspec.json.decode(text)
+            known = hashes.get(event["worker_id"], {})
+            found.setdefault(event["worker_id"], []).extend(
+                known.get(block["block_hash"], block["block_hash"])
+                for block in event["event"]["data"]["stored"]["blocks"]
+            )
+        return found
 
     def block_count(self, instance: int) -> int:
         return len(self._names.get(instance, ()))
 
-    def _store(self, instance: int, names: dict[int, int], event: BlockStored) -> None:
+    def _store(self, instance: int, names: dict[int, int], event: BlockStored) -> list[int]:
         parent = event.parent_block_hash
         if parent is not None and parent not in names:
             raise UnknownBlockError(f"a block follows {parent}, which is not cached")
@@ -88,8 +107,9 @@ class KvIndex:
             names[block] = name
             blocks.append({"block_hash": name, "tokens_hash": tokens_hash})
         self._send(instance, {"stored": stored})
+        return [block["block_hash"] for block in blocks]
 
-    def _remove(self, instance: int, names: dict[int, int], event: BlockRemoved) -> None:
+    def _remove(self, instance: int, names: dict[int, int], event: BlockRemoved) -> list[int]:
         known = [block for block in event.block_hashes if block in names]
         gone = [names.pop(block) for block in known]
         # What follows a removed block goes with it in the tree, which then complains when the
@@ -98,6 +118,7 @@ class KvIndex:
             self._send(instance, {"removed": {"block_hashes": gone}})
         if len(known) < len(event.block_hashes):
             raise UnknownBlockError("a block was removed that was not cached")
+        return gone
 
     def _send(self, instance: int, data: dict[str, object]) -> None:
         self._event_id += 1
@@ -109,7 +130,10 @@ class KvIndex:
 
 
 def prefix_name(parent: int, tokens_hash: int) -> int:
-    """A 64-bit name for a block and all before it, from its parent's name and its tokens' hash."""
+    """A name for a block and all before it, from its parent's name and its tokens' hash.
+
+    Python's hash of two integers: 61 random bits, enough to tell the blocks of a fleet apart.
+    """
     return hash((parent, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF
 
 

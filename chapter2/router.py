@@ -7,7 +7,6 @@ the engines themselves. It only decides: tokens never pass through it. Endpoints
 
 import argparse
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncGenerator
 from typing import Any, get_args
@@ -42,18 +41,24 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         yield to_wire(output)
 
     async def select(wanted: FindWorkerRequest) -> FindWorkerOutput:
+        excluded = {*wanted.excluded, *wanted.failed}
+        none: PipelineError
         try:
-            return selector.select(wanted.token_ids, wanted.model, wanted.failed)
-        except PipelineError:
             # A router that has just started knows its engines in a moment.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ENGINE_WAIT_S):
+            async with asyncio.timeout(ENGINE_WAIT_S):
+                while True:
+                    try:
+                        return selector.select(wanted.token_ids, wanted.model, excluded)
+                    except PipelineError as error:
+                        none = error
                     await feed.engine_synced()
-            return selector.select(wanted.token_ids, wanted.model, wanted.failed)
+        except TimeoutError:
+            raise none from None
 
     async def state(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        cached = selector.index.blocks() if request.get("blocks") else {}
         for known in list(selector.workers.values()):  # they come and go between two items
-            yield to_wire(selector.state(known, blocks=bool(request.get("blocks"))))
+            yield to_wire(selector.state(known, cached.get(known.instance, [])))
 
     async with following(runtime, args.namespace, selector) as feed:
         await life.serve(

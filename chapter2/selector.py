@@ -72,8 +72,8 @@ class Selector:
         self.workers.pop(instance, None)
         self.index.remove(instance)
 
-    def state(self, worker: Worker, *, blocks: bool) -> WorkerState:
-        """What is known of an engine, on request with the hashes of what it has cached."""
+    def state(self, worker: Worker, block_hashes: list[int]) -> WorkerState:
+        """What is known of an engine."""
         state: State = "failed" if worker.failed else "ready" if worker.synced else "starting"
         if state == "ready" and worker.is_silent(time.monotonic()):
             state = "silent"
@@ -84,7 +84,7 @@ class Selector:
             state=state,
             blocks=self.index.block_count(worker.instance),
             metrics=worker.metrics,
-            block_hashes=self.index.blocks(worker.instance) if blocks else [],
+            block_hashes=block_hashes,
         )
 
     def _eligible(self, model: str, excluded: Collection[int]) -> list[Worker]:
@@ -100,7 +100,7 @@ class Selector:
         if not known:
             states = ", ".join(
                 f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "
-                + self.state(worker, blocks=False).state
+                + self.state(worker, []).state
                 for worker in self.workers.values()
             )
             raise PipelineError(

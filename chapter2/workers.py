@@ -3,6 +3,7 @@
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.protocol import EngineMetrics
@@ -37,6 +38,7 @@ class Worker:
     synced: bool = False
     failed: bool = False
     heard: float = 0.0
+    failures: int = 0
     turn: int = 0
     metrics: EngineMetrics | None = None
     _routed: deque[Routed] = field(default_factory=deque)  # counts as load
@@ -71,10 +73,16 @@ class Worker:
     def forget(self) -> None:
         """The engine failed: nothing that was expected of it will come."""
         self.synced, self.failed = False, True
+        self.failures += 1
         self.metrics = None
         self._routed.clear()
         self._routed_blocks = 0
         self.expect_nothing()
+
+    def settle(self, names: Iterable[int]) -> None:
+        """The engine's events have told what became of these blocks."""
+        for name in names:
+            self._prefixes.pop(name, None)
 
     def expect_nothing(self) -> None:
         """What was routed here is not cached, or not any more."""

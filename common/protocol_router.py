@@ -20,12 +20,14 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what the runtime's has
 class FindWorkerRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """Asks which engine is to run this prompt.
 
-    `failed` names instances that have just failed this request: the router forgets what they
-    had cached and leaves them out until they give a sign of life again.
+    `excluded` names instances that are not to have this request. `failed` names those that have
+    just failed it: the router forgets what they had cached, and nobody is sent there until they
+    have given a new snapshot.
     """
 
     token_ids: list[TokenId]
     model: str
+    excluded: list[int] = []
     failed: list[int] = []
 
 

@@ -70,7 +70,7 @@ def test_refuses_when_blocks_stay_after_their_removal(monkeypatch: pytest.Monkey
     fleet = Fleet(2, 100)
     selector = Selector("kv", seed=0)
     fill(selector, fleet)
-    monkeypatch.setattr(selector.index, "_remove", lambda *_: None)
+    monkeypatch.setattr(selector.index, "_remove", lambda *_: [])
     with pytest.raises(GuardError, match="100 blocks are left"):
         evict(selector, fleet)
 

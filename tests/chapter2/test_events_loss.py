@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+from chapter2.workers import SILENT_AFTER_S
 from common.kv import block_hashes
 from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, engine_settings, eventually, http_client, lines_about
@@ -116,6 +117,20 @@ async def test_random_loss(start_lossy: StartLossy, router_of: RouterOf) -> None
         await check_tree(router)
 
 
+async def test_events_alone_are_enough(start_lossy: StartLossy, router_of: RouterOf) -> None:
+    """Stores and evictions without loss: the tree follows, and no snapshot covers a mistake."""
+    sizes = {"cache_tokens": CACHE_BLOCKS * BLOCK, "decode_base_ms": 1}
+    async with start_lossy(0.0, **sizes) as running, http_client(running.url) as client:
+        router = router_of(running)
+        await router.wait_ready()
+        for start in range(1000, 5000, 1000):
+            await asyncio.gather(*[complete(client, p) for p in prompts(15, 100, first=start)])
+            await eventually(router.is_right)
+        for blocks in (await router.blocks()).values():
+            assert CACHE_BLOCKS / 2 < len(blocks) <= CACHE_BLOCKS
+        assert not lines_about(running.processes["router"], "taking a snapshot")
+
+
 async def test_the_last_events_are_lost(
     start_lossy: StartLossy, router_of: RouterOf, tmp_path: Path
 ) -> None:
@@ -142,6 +157,18 @@ async def test_the_last_events_are_lost(
             await router.caller.call(clear, {}, dict, instance)
         assert await eventually(router.is_right) < HEALED_S
         assert [len(blocks) for blocks in (await router.blocks()).values()] == [0, 0]
+
+
+async def test_events_that_end(start_lossy: StartLossy, router_of: RouterOf) -> None:
+    """A connection may die without a sign while that of the load lives on: snapshots go on."""
+    async with start_lossy(1.0) as running, http_client(running.url) as client:
+        router = router_of(running)
+        await router.wait_ready()
+        for token_ids in prompts(4, 50, first=1000):
+            await complete(client, token_ids)
+        assert await eventually(router.is_right) < SILENT_AFTER_S + HEALED_S
+        assert sum(len(blocks) for blocks in (await router.blocks()).values()) == 4 * 3
+        assert [state.state for state in await router.state()] == ["ready", "ready"]
 
 
 async def test_a_router_that_comes_late(start_lossy: StartLossy, router_of: RouterOf) -> None:

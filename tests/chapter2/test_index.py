@@ -225,7 +225,7 @@ class Fleet(RuleBasedStateMachine):
                 self.agrees(engine)
 
     def agrees(self, engine: Engine) -> None:
-        blocks = self.index.blocks(engine.instance)
+        blocks = self.index.blocks().get(engine.instance, [])
         assert set(blocks) == engine.blocks()
         assert self.index.block_count(engine.instance) == len(blocks) == len(engine.cache.index)
         for prompt in self.prompts:
@@ -277,7 +277,7 @@ def test_unknown_blocks_lead_to_a_snapshot_that_heals(seed: int) -> None:
             except UnknownBlockError:
                 healed += 1
                 index.replace(engine.instance, engine.snapshot())
-                assert set(index.blocks(engine.instance)) == engine.blocks()
+                assert set(index.blocks().get(engine.instance, [])) == engine.blocks()
                 own = overlaps(index, prompt).get(engine.instance, 0)
                 assert own == engine.longest_prefix(prompt)
     assert healed
@@ -303,7 +303,7 @@ async def test_the_overlap_is_what_a_simulated_engine_then_reuses() -> None:
         expected = min(overlaps(index, prompt).get(FIRST, 0), (len(prompt) - 1) // 4) * 4
         result = await collect(engine, prompt, max_tokens=rng.randint(1, 9))
         assert result.items[0].cached_tokens == expected
-        assert sorted(index.blocks(FIRST)) == sorted(replay(events))
+        assert sorted(index.blocks().get(FIRST, [])) == sorted(replay(events))
         chats.append([*prompt, *result.token_ids][:40])
         reused += expected
         if rng.random() < 0.05:
@@ -347,7 +347,7 @@ def test_engines_that_hash_differently_share_the_tree(index: KvIndex) -> None:
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 3, SECOND: 2, 13: 1}
     assert overlaps(index, [*A, *C, *A]) == {FIRST: 1, SECOND: 1, 13: 3}
     index.apply(13, [BlockRemoved([-(2**63), 1])])
-    assert index.blocks(13) == [2]
+    assert index.blocks().get(13, []) == [2]
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 3, SECOND: 2, 13: 1}
 
 
@@ -383,7 +383,7 @@ def test_a_block_after_one_that_never_came_is_an_error_until_replaced(index: KvI
     with pytest.raises(UnknownBlockError, match=f"a block follows {c}, which is not cached"):
         index.apply(SECOND, [BlockStored([77], c, C, 4)])
     index.replace(SECOND, lost.events())
-    assert set(index.blocks(SECOND)) == {a, b, c, 77}
+    assert set(index.blocks().get(SECOND, [])) == {a, b, c, 77}
     assert overlaps(index, [*A, *B, *C, *C]) == {FIRST: 3, SECOND: 4}
 
 
@@ -405,7 +405,7 @@ def test_blocks_may_be_removed_before_those_that_follow_them(
     chain, other = block_hashes([*A, *B, *C], 4), block_hashes([*C, *B], 4)
     gone = [*chain[1:], other[1]]
     index.apply(FIRST, [BlockRemoved(gone)] if one_event else [BlockRemoved([g]) for g in gone])
-    assert index.blocks(FIRST) == [chain[0], other[0]]
+    assert index.blocks().get(FIRST, []) == [chain[0], other[0]]
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 1, SECOND: 2}
     assert overlaps(index, [*C, *B]) == {FIRST: 1}
     index.apply(FIRST, [BlockStored(chain[1:], chain[0], [*B, *C], 4)])
@@ -415,12 +415,12 @@ def test_blocks_may_be_removed_before_those_that_follow_them(
 def test_clearing_and_removing_leave_the_other_engines_alone(index: KvIndex) -> None:
     index.apply(SECOND, [AllBlocksCleared()])
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 3}
-    assert index.blocks(SECOND) == []
+    assert index.blocks().get(SECOND, []) == []
     index.apply(SECOND, [stored([*A])])
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 3, SECOND: 1}
     index.remove(FIRST)
     assert overlaps(index, [*A, *B, *C]) == {SECOND: 1}
-    assert index.blocks(FIRST) == []
+    assert index.blocks().get(FIRST, []) == []
 
 
 def test_an_instance_that_was_removed_begins_with_nothing(index: KvIndex) -> None:
@@ -436,7 +436,7 @@ def test_an_instance_that_was_removed_begins_with_nothing(index: KvIndex) -> Non
 def test_unknown_instances_have_nothing_and_can_be_removed() -> None:
     index = KvIndex()
     index.remove(99)
-    assert index.blocks(99) == []
+    assert index.blocks().get(99, []) == []
     assert index.block_count(99) == 0
 
 

@@ -224,15 +224,15 @@ def test_the_state_is_what_the_router_believes(clock: Clock) -> None:
     known = selector.workers[FIRST]
     selector.index.apply(FIRST, [stored([*A, *B])])
     expected = WorkerState(FIRST, 0, MODEL, "ready", 2, load())
-    assert selector.state(known, blocks=False) == expected
+    assert selector.state(known, []) == expected
     expected.block_hashes = block_hashes([*A, *B], 4)
-    assert selector.state(known, blocks=True) == expected
+    assert selector.state(known, selector.index.blocks()[FIRST]) == expected
     clock.now += 3.1
-    assert selector.state(known, blocks=False).state == "silent"
+    assert selector.state(known, []).state == "silent"
     selector.fail(FIRST)
-    assert selector.state(known, blocks=True) == WorkerState(FIRST, 0, MODEL, "failed", 0)
+    assert selector.state(known, []) == WorkerState(FIRST, 0, MODEL, "failed", 0)
     known.synced, known.failed = False, False
-    assert selector.state(known, blocks=False).state == "starting"
+    assert selector.state(known, []).state == "starting"
 
 
 def test_decisions_of_a_week_leave_nothing_behind(clock: Clock) -> None:
@@ -255,3 +255,17 @@ def test_decisions_of_a_week_leave_nothing_behind(clock: Clock) -> None:
     assert sorted(selector.index._names) == sorted(selector.workers)
     assert selector.index._tree.dump_tree_as_events() == []
     assert all(len(known._prefixes) <= 30 for known in selector.workers.values())
+
+
+def test_a_prediction_ends_with_the_event_that_it_was_of(clock: Clock) -> None:
+    """What was stored and then evicted is not cached, though it was routed here a moment ago."""
+    selector = fleet(clock)
+    tokens = [*A, *B, *C]
+    chosen = selector.select(tokens, MODEL).instance_id
+    assert selector.select(tokens, MODEL).overlap_blocks == 3
+    worker, hashes = selector.workers[chosen], block_hashes(tokens, 4)
+    worker.settle(selector.index.apply(chosen, [stored(tokens)]))
+    assert selector.select(tokens, MODEL).overlap_blocks == 3
+    worker.settle(selector.index.apply(chosen, [BlockRemoved(hashes[:0:-1])]))
+    found = {c.instance_id: c.overlap_blocks for c in selector.select(tokens, MODEL).candidates}
+    assert found[chosen] == 1
