@@ -10,11 +10,12 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from common.dispatch import dispatch
+from chapter2.router_client import NoRouterError, ask_router, find_worker
+from common.dispatch import NOT_LISTED, dispatch
 from common.model_files import DEFAULT_MODEL
 from common.prompt import check_fits, tokenize
 from common.protocol import (
@@ -29,7 +30,7 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
-from common.protocol_router import FindWorkerOutput, FindWorkerRequest, WorkerState
+from common.protocol_router import FindWorkerRequest, WorkerState
 from common.telemetry import log, request_log
 from common.text import load_text_model
 from common.text_stream import TextStream
@@ -37,8 +38,6 @@ from common.waiting import first_of, link
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
-
-T = TypeVar("T")
 
 
 @dynamo_worker()
@@ -84,11 +83,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         engine_context = context.detached(context.id()) if request.stop else context
         linked = asyncio.ensure_future(link(context, engine_context)) if request.stop else None
         finished = False
-        tried: list[int] = []
         try:
-            async for item in dispatch(
-                lambda: to_engine(prompt, tried, generate, engine_context), engine_context
-            ):
+            async for item in routed(prompt, generate, engine_context):
                 if finished:
                     continue  # a stream that is not read to its end looks like a broken engine
                 output = text.push(from_wire(item, EngineOutput))
@@ -97,7 +93,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 if finished and request.stop:
                     engine_context.stop_generating()
         except PipelineError:
-            raise
+            if not context.is_stopped():  # else it is why the router gave no answer
+                raise
         except Exception as error:
             if finished:
                 log.warning("after the answer's end: %s", error)
@@ -109,24 +106,38 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         if not finished and not context.is_stopped():
             raise PipelineError("unavailable", "The engine ended the stream too early.")
 
-    async def to_engine(
-        prompt: list[int], tried: list[int], generate: dict[str, Any], context: Context
-    ) -> AsyncIterator[Any]:
-        """Open the stream of the engine that the router chooses; not one that was tried before."""
-        try:
-            wanted = FindWorkerRequest(prompt, model.name, failed=tried)
-            chosen = await find_worker(router, wanted, context)
-            while chosen.instance_id not in engine.instance_ids():  # has left this very moment
-                tried.append(chosen.instance_id)
-                chosen = await find_worker(router, wanted, context)
-        except PipelineError as error:
-            if not args.router_fallback or error.info.kind != "unavailable":
-                raise
-            request_log(context.id()).warning("round robin instead: %s", error)
-            return await engine.round_robin(generate, annotated=False, context=context)
-        tried.append(chosen.instance_id)
-        request_log(context.id()).info("worker %d: %s", chosen.worker_id, chosen.reason)
-        return await engine.direct(generate, chosen.instance_id, annotated=False, context=context)
+    def routed(prompt: list[int], generate: dict[str, Any], context: Context) -> AsyncIterator[Any]:
+        """The stream of the engine that the router chooses; another choice if that one fails."""
+        tried: list[int] = []
+        chosen: int | None = None
+
+        async def choose(failure: Exception | None) -> None:
+            nonlocal chosen
+            # The runtime here not listing an instance is no reason to forget what it has cached.
+            failed = [chosen] if failure and chosen and NOT_LISTED not in str(failure) else []
+            try:
+                while True:
+                    wanted = FindWorkerRequest(prompt, model.name, failed=failed, excluded=tried)
+                    found = await find_worker(router, wanted, context)
+                    tried.append(found.instance_id)
+                    if found.instance_id in engine.instance_ids():
+                        break  # else it has left, or joined, this very moment
+                    failed = []
+            except NoRouterError as error:
+                if not args.router_fallback or context.is_stopped():
+                    raise
+                request_log(context.id()).warning("round robin instead: %s", error)
+                chosen = None
+                return
+            chosen = found.instance_id
+            request_log(context.id()).info("worker %d: %s", found.worker_id, found.reason)
+
+        def send() -> Awaitable[AsyncIterator[Any]]:
+            if chosen is None:
+                return engine.round_robin(generate, annotated=False, context=context)
+            return engine.direct(generate, chosen, annotated=False, context=context)
+
+        return dispatch(send, context, choose)
 
     async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         try:
@@ -159,40 +170,6 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             f"{args.namespace}.processor.info": info,
         },
     )
-
-
-async def find_worker(
-    router: Client, request: FindWorkerRequest, context: Context
-) -> FindWorkerOutput:
-    """The router's choice.
-
-    Raises:
-        PipelineError: kind `unavailable`, there is no router or no engine.
-    """
-    outputs = await ask_router(router, to_wire(request), FindWorkerOutput, context)
-    if not outputs:
-        raise PipelineError("unavailable", "The router gave no answer.")
-    if outputs[0].error is not None:
-        raise PipelineError.of(outputs[0].error)
-    return outputs[0]
-
-
-async def ask_router(client: Client, request: Any, answer: type[T], context: Context) -> list[T]:
-    """The items that a router answers with.
-
-    Raises:
-        PipelineError: kind `unavailable`, no router is up.
-    """
-    if not client.instance_ids():
-        message = "No router is up; start one, or the processor with --router-fallback."
-        raise PipelineError("unavailable", message)
-    try:
-        items = dispatch(
-            lambda: client.round_robin(request, annotated=False, context=context), context
-        )
-        return [from_wire(item, answer) async for item in items]
-    except Exception as error:
-        raise PipelineError.of(hop_error(error, "router")) from error
 
 
 async def ask_engine(client: Client, context: Context) -> EngineInfo:

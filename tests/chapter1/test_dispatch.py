@@ -1,9 +1,10 @@
 """Which failures of an instance a request survives, and which it must not hide."""
 
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
-from common.dispatch import MAX_TRIES, dispatch
+from common.dispatch import FAST_FAILURE_S, MAX_REFUSALS, dispatch
 
 import pytest
 from dynamo.runtime import Context
@@ -40,7 +41,15 @@ async def collect(instances: Instances, context: Context | None = None) -> list[
 
 
 @pytest.mark.parametrize(
-    "failures", [[REFUSED], [LEFT], [GONE], [[DIED]], [REFUSED, LEFT], [REFUSED, [DIED]]]
+    "failures",
+    [
+        [REFUSED],
+        [LEFT],
+        [GONE],
+        [[DIED]],
+        [REFUSED] * 4,
+        [REFUSED, GONE, LEFT, [DIED], REFUSED, GONE, LEFT],
+    ],
 )
 async def test_another_instance_answers(failures: list[Any]) -> None:
     assert await collect(Instances(*failures, [1, 2])) == [1, 2]
@@ -71,11 +80,11 @@ async def test_a_request_that_kills_does_not_kill_every_instance() -> None:
     assert len(instances.answers) == 2
 
 
-async def test_tries_are_bounded() -> None:
-    instances = Instances(*[REFUSED] * 10)
+async def test_refusals_are_bounded() -> None:
+    instances = Instances(*[REFUSED] * 2 * MAX_REFUSALS)
     with pytest.raises(Exception, match="failed"):
         await collect(instances)
-    assert len(instances.answers) == 10 - MAX_TRIES
+    assert len(instances.answers) == MAX_REFUSALS
 
 
 async def test_a_slow_failure_is_survived_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +96,46 @@ async def test_a_slow_failure_is_survived_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(instances.answers) == 10 - 2
 
 
+async def test_a_death_and_then_a_slow_failure_are_survived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two instances died at about the same time."""
+    monkeypatch.setattr("common.dispatch.FAST_FAILURE_S", -1.0)
+    assert await collect(Instances([DIED], REFUSED, [1])) == [1]
+
+
 async def test_a_cancelled_request_is_not_tried_again() -> None:
     context = Context("r")
     context.stop_generating()
     instances = Instances([DIED], [1])
     with pytest.raises(ValueError, match="Stream ended"):
         await collect(instances, context)
+    assert instances.answers == [[1]]
+
+
+async def test_the_choice_knows_the_failure_and_may_take_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("common.dispatch.time", SimpleNamespace(monotonic=lambda: clock.now))
+    failures: list[Exception | None] = []
+
+    async def choose(failure: Exception | None) -> None:
+        failures.append(failure)
+        clock.now += 2 * FAST_FAILURE_S
+
+    instances = Instances(REFUSED, LEFT, REFUSED, [1])
+    items = dispatch(instances.call, Context("r"), choose)
+    assert [item async for item in items] == [1]
+    assert failures == [None, REFUSED, LEFT, REFUSED]
+
+
+async def test_no_choice_is_the_end() -> None:
+    async def choose(failure: Exception | None) -> None:
+        if failure is not None:
+            raise ValueError("none left")
+
+    instances = Instances(REFUSED, [1])
+    with pytest.raises(ValueError, match="none left"):
+        await anext(dispatch(instances.call, Context("r"), choose))
     assert instances.answers == [[1]]

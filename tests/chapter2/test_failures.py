@@ -108,6 +108,55 @@ async def test_fallback(start_pipeline: StartPipeline, router_of: RouterOf) -> N
         assert len(lines_about(processor, "round robin instead")) == 12
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+async def test_a_router_that_hangs(start_pipeline: StartPipeline, fallback: bool) -> None:
+    """It is listed, and takes no request: nobody waits for it for long."""
+    arguments = {"processor": ["--router-fallback"] if fallback else []}
+    async with (
+        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
+        async with frozen(running, "router"):
+            began = time.monotonic()
+            response = await client.post(CHAT, json=chat(max_tokens=1))
+            assert time.monotonic() - began < 6
+            message = "The router did not answer within 3 s."
+            if fallback:
+                assert response.status_code == 200
+                processor = running.processes["processor"]
+                assert lines_about(processor, f"round robin instead: {message}")
+            else:
+                assert response.status_code == 503
+                error = response.json()["error"]
+                assert (error["code"], error["message"]) == ("unavailable", message)
+        await statuses_until_served(client)
+
+
+async def test_a_router_that_knows_no_engine(start_pipeline: StartPipeline) -> None:
+    """Its answer is no reason to fall back; a client that does not wait for it is no failure."""
+    arguments = {"processor": ["--router-fallback"], "router": DEBUG}
+    async with (
+        start_pipeline(chapter="chapter2", engines=1, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
+        running.processes["engine0"].kill()
+        await running.processes["engine0"].wait()
+        for _ in range(2):
+            response = await client.post(CHAT, json=chat(max_tokens=1))
+            assert response.status_code == 503
+            assert "No engine with the model" in response.json()["error"]["message"]
+            with pytest.raises(httpx.ReadTimeout):  # the router waits for two seconds
+                await client.post(CHAT, json=chat(max_tokens=1), timeout=1)
+        response = await client.post(CHAT, json=chat(max_tokens=1))
+        assert response.status_code == 503
+        processor = running.processes["processor"]
+        assert len(lines_about(processor, "failed: ")) == 3
+        assert not lines_about(processor, "gave no answer")
+        assert not lines_about(processor, "round robin instead")
+
+
 async def test_the_router_is_killed_and_restarted(
     start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
@@ -241,6 +290,34 @@ async def test_kill_9_under_load(start_pipeline: StartPipeline) -> None:
             await work.answers(40)
         assert all("stream ended: " in failure for failure in work.failures), work.failures
         assert len(work.failures) <= 8
+
+
+async def test_kill_9_of_four_of_five_engines(start_pipeline: StartPipeline) -> None:
+    """However many of the listed engines refuse a request, one that is there answers it."""
+    async with (
+        start_pipeline(chapter="chapter2", engines=5) as running,
+        http_client(running.url) as client,
+    ):
+        assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
+        for number in range(4):
+            running.processes[f"engine{number}"].kill()
+            await running.processes[f"engine{number}"].wait()
+        answers = await asyncio.gather(*(ask(client, prompt(f"new{n}")) for n in range(4)))
+        assert [answer.worker for answer in answers] == [4] * 4
+
+
+async def test_kill_9_of_two_of_three_engines_under_load(start_pipeline: StartPipeline) -> None:
+    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    async with (
+        start_pipeline(chapter="chapter2", engines=3, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        async with load(client, clients=8) as work:
+            await work.answers(20)
+            for name in ("engine0", "engine1"):
+                running.processes[name].kill()
+            await work.answers(40)
+        assert all("stream ended: " in failure for failure in work.failures), work.failures
 
 
 async def test_the_only_engine_dies(start_pipeline: StartPipeline) -> None:
