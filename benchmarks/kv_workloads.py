@@ -37,7 +37,7 @@ class Size:
 
 
 FULL = Size(8, 4, 10.0, system_prompts=8, shared=24, arrivals_s=20.0, unique=16)
-QUICK = Size(3, 2, 1.0, system_prompts=2, shared=6, arrivals_s=2.0, unique=4)
+QUICK = Size(3, 2, 1.0, system_prompts=2, shared=6, arrivals_s=2.0, unique=4, system_words=80)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def workloads(text: TextModel, size: Size, seed: int) -> list[Workload]:
         return Request(_complete(body, text), text.encode(text.render_chat(messages)), think_s)
 
     def conversation() -> list[Request]:
-        # About a document. The answers in the history are made up, so that every policy gets the same prompts.
+        # About a document. Answers in the history are made up: every policy gets the same prompts.
         messages = [ChatMessage("system", words(size.system_words))]
         turns = []
         for _ in range(size.turns):

@@ -134,7 +134,7 @@ class InfoOutput(msgspec.Struct, omit_defaults=True):
 class EngineMetrics(msgspec.Struct, omit_defaults=True):
     """An engine's load at one moment; counters run since its start.
 
-    `used_blocks` are those that running requests hold, not those that are merely cached.
+    `used_blocks` are those of running requests' prompts and outputs, computed or not yet.
     """
 
     running: int

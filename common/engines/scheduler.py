@@ -102,11 +102,15 @@ class Scheduler:
         return "length" if request.output_length >= request.max_tokens else None
 
     def metrics(self) -> EngineMetrics:
-        """The load now; `used_blocks` are those that running requests hold."""
+        """The load now; see `EngineMetrics`."""
+        missing = sum(
+            len(request.tokens) - len(sequence.tokens)
+            for request, sequence in self.running.items()
+        )
         return EngineMetrics(
             running=len(self.running),
             waiting=len(self.waiting),
-            used_blocks=self.cache.active_blocks,
+            used_blocks=self.cache.active_blocks + missing // self.cache.block_size,
             total_blocks=self.cache.cells // self.cache.block_size,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
