@@ -113,7 +113,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
         async def choose(failure: Exception | None) -> None:
             nonlocal chosen
-            # The runtime here not listing an instance is no reason to forget what it has cached.
+            # One that our client does not list, or not yet, may be as good as ever.
             failed = [chosen] if failure and chosen and NOT_LISTED not in str(failure) else []
             try:
                 while True:
