@@ -30,7 +30,8 @@ def plot(workloads: list[dict[str, Any]], path: Path) -> None:
                 share = rows[0]["oracle_share"]
                 axis.hlines(share, number - 0.42, number + 0.42, colors="black", linestyles="--",
                             label="oracle" if number == 0 else None)  # fmt: skip
-        axis.set_xticks(range(len(workloads)), [workload["name"] for workload in workloads])
+        names = [workload["name"].replace(" ", "\n", 1) for workload in workloads]
+        axis.set_xticks(range(len(workloads)), names)
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False)
