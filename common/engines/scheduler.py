@@ -104,8 +104,7 @@ class Scheduler:
     def metrics(self) -> EngineMetrics:
         """The load now; see `EngineMetrics`."""
         missing = sum(
-            len(request.tokens) - len(sequence.tokens)
-            for request, sequence in self.running.items()
+            len(request.tokens) - len(sequence.tokens) for request, sequence in self.running.items()
         )
         return EngineMetrics(
             running=len(self.running),
