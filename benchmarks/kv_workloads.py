@@ -37,7 +37,7 @@ class Size:
 
 
 FULL = Size(8, 4, 10.0, system_prompts=8, shared=24, arrivals_s=20.0, unique=16)
-QUICK = Size(3, 2, 1.0, system_prompts=2, shared=6, arrivals_s=2.0, unique=4, system_words=80)
+QUICK = Size(3, 2, 0.5, system_prompts=2, shared=6, arrivals_s=1.0, unique=2, system_words=70)
 
 
 @dataclass(frozen=True)
