@@ -37,7 +37,7 @@ class KvIndex:
         """Follow what has happened in an engine's cache; the names of the blocks it was about.
 
         Raises:
-            UnknownBlockError: the index no longer agrees with the engine; `replace` heals it.
+            UnknownBlockError: the index no longer agrees with the engine; a snapshot heals it.
         """
         names = self._names.setdefault(instance, {})
         concerned: list[int] = []
@@ -51,11 +51,6 @@ class KvIndex:
             else:
                 concerned += self._remove(instance, names, event)
         return concerned
-
-    def replace(self, instance: int, events: Iterable[KvEvent]) -> None:
-        """Forget what is known of an engine's cache and begin anew."""
-        self.remove(instance)
-        self.apply(instance, events)
 
     def remove(self, instance: int) -> None:
         """Forget an engine."""

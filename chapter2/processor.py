@@ -114,7 +114,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         async def choose(failure: Exception | None) -> None:
             nonlocal chosen
             # One that our client does not list, or not yet, may be as good as ever.
-            failed = [chosen] if failure and chosen and NOT_LISTED not in str(failure) else []
+            failed = (
+                [] if chosen is None or failure is None or NOT_LISTED in str(failure) else [chosen]
+            )
             try:
                 while True:
                     wanted = FindWorkerRequest(prompt, model.name, failed=failed, excluded=tried)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from chapter2.feed import following
 from chapter2.selector import Selector
 from common.protocol import PipelineError, from_wire, to_wire
-from common.protocol_router import FindWorkerOutput, FindWorkerRequest, Policy
+from common.protocol_router import FindWorkerOutput, FindWorkerRequest, Policy, StateRequest
 from common.telemetry import log, request_log
 from common.worker import Lifecycle, add_common_arguments, run
 
@@ -56,7 +56,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             raise none from None
 
     async def state(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
-        cached = selector.index.blocks() if request.get("blocks") else {}
+        cached = selector.index.blocks() if from_wire(request, StateRequest).blocks else {}
         for known in list(selector.workers.values()):  # they come and go between two items
             yield to_wire(selector.state(known, cached.get(known.instance, [])))
 

@@ -30,7 +30,7 @@ SNAPSHOT_PART_TOKENS = 65536
 
 
 class KvPublisher:
-    """Publishes from `start` to the end of its block; belongs to one event loop."""
+    """Made by `publishing`, which lets it publish; belongs to one event loop."""
 
     def __init__(self, engine: Engine, events: zmq.Socket[bytes], metrics: zmq.Socket[bytes]):
         # A topic of its own, because a restarted engine may have the address of the one before.

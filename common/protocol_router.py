@@ -3,7 +3,7 @@
 processor --FindWorkerRequest--> router    <--FindWorkerOutput--
 router    --{}-----------------> engine.kv_source    <--KvSource--
 router    --{}-----------------> engine.kv_snapshot  <--KvSnapshotPart-- (a stream)
-scripts   --{}-----------------> router.state        <--WorkerState----- (a stream)
+scripts   --StateRequest-----> router.state        <--WorkerState----- (a stream)
 """
 
 from typing import Annotated, Literal
@@ -80,6 +80,12 @@ class KvSnapshotPart(msgspec.Struct, omit_defaults=True):
 
     seq: int
     events: bytes
+
+
+class StateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Asks what the router believes; with `blocks`, also which blocks each engine has cached."""
+
+    blocks: bool = False
 
 
 class WorkerState(msgspec.Struct, omit_defaults=True):

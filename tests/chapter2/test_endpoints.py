@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 from common.kv import block_hashes
+from common.protocol_router import WorkerState
 from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, eventually
 from tests.chapter2.helpers import Router
@@ -135,6 +136,18 @@ async def test_the_state(api: httpx.AsyncClient, router: Router) -> None:
     without = await router.state()
     assert [state.block_hashes for state in without] == [[], []]
     assert [state.blocks for state in without] == [first.blocks, second.blocks]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "message"),
+    [({"blocks": 3}, "`bool`.*blocks"), ({"block": True}, "block"), ([], "`object`")],
+)
+async def test_a_wrong_question_for_the_state_is_named(
+    router: Router, request_body: Any, message: str
+) -> None:
+    path = f"{router.running.namespace}.router.state"
+    with pytest.raises(RuntimeError, match=f"StateRequest.*{message}"):
+        await router.caller.call(path, request_body, WorkerState)
 
 
 async def test_where_an_engine_publishes(shared_pipeline: Pipeline, router: Router) -> None:

@@ -209,7 +209,8 @@ class Fleet(RuleBasedStateMachine):
             self.index.apply(engine.instance, decode_batch(payload).events)
 
     def heal(self, engine: Engine) -> None:
-        self.index.replace(engine.instance, engine.snapshot())
+        self.index.remove(engine.instance)
+        self.index.apply(engine.instance, engine.snapshot())
         engine.received = engine.sent
 
     def found(self, engine: Engine, prompt: list[int]) -> dict[int, int]:
@@ -276,7 +277,8 @@ def test_unknown_blocks_lead_to_a_snapshot_that_heals(seed: int) -> None:
                 index.apply(engine.instance, decode_batch(payload).events)
             except UnknownBlockError:
                 healed += 1
-                index.replace(engine.instance, engine.snapshot())
+                index.remove(engine.instance)
+                index.apply(engine.instance, engine.snapshot())
                 assert set(index.blocks().get(engine.instance, [])) == engine.blocks()
                 own = overlaps(index, prompt).get(engine.instance, 0)
                 assert own == engine.longest_prefix(prompt)
@@ -342,7 +344,8 @@ def test_overlaps_count_whole_blocks_from_the_start(
 
 def test_engines_that_hash_differently_share_the_tree(index: KvIndex) -> None:
     """One of them numbers its blocks, and gives another's number to a different block."""
-    index.replace(SECOND, [BlockStored([1, 2], None, [*A, *B], 4)])
+    index.remove(SECOND)
+    index.apply(SECOND, [BlockStored([1, 2], None, [*A, *B], 4)])
     index.apply(13, [BlockStored([2, 1], None, [*A, *C], 4), BlockStored([-(2**63)], 1, A, 4)])
     assert overlaps(index, [*A, *B, *C]) == {FIRST: 3, SECOND: 2, 13: 1}
     assert overlaps(index, [*A, *C, *A]) == {FIRST: 1, SECOND: 1, 13: 3}
@@ -382,7 +385,8 @@ def test_a_block_after_one_that_never_came_is_an_error_until_replaced(index: KvI
     lost.apply([stored([*A, *B, *C]), BlockStored([77], c, C, 4)])
     with pytest.raises(UnknownBlockError, match=f"a block follows {c}, which is not cached"):
         index.apply(SECOND, [BlockStored([77], c, C, 4)])
-    index.replace(SECOND, lost.events())
+    index.remove(SECOND)
+    index.apply(SECOND, lost.events())
     assert set(index.blocks().get(SECOND, [])) == {a, b, c, 77}
     assert overlaps(index, [*A, *B, *C, *C]) == {FIRST: 3, SECOND: 4}
 

@@ -205,7 +205,8 @@ def test_engines_of_two_block_sizes_are_compared_by_tokens(clock: Clock) -> None
     output = selector.select(tokens, MODEL)
     assert (output.instance_id, output.overlap_blocks, output.overlap_tokens) == (FIRST, 3, 12)
     assert [(c.overlap_blocks, c.score) for c in output.candidates] == [(3, 1.5), (1, 1.0)]
-    selector.index.replace(SECOND, [stored(tokens, 8)])
+    selector.index.remove(SECOND)
+    selector.index.apply(SECOND, [stored(tokens, 8)])
     output = selector.select(tokens, MODEL, excluded=[FIRST])
     assert (output.instance_id, output.overlap_blocks, output.overlap_tokens) == (SECOND, 2, 16)
 
