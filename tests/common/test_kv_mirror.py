@@ -114,21 +114,13 @@ def comb(blocks: int) -> list[KvEvent]:
 
 
 @pytest.mark.parametrize("shape", [chain, one_event, wide, comb])
-def test_the_cost_grows_with_the_number_of_blocks_and_no_faster(
-    shape: Callable[[int], list[KvEvent]],
-) -> None:
-    """Snapshots are made on the engine's event loop, while requests wait."""
+def test_a_large_cache_is_rebuilt_fast(shape: Callable[[int], list[KvEvent]]) -> None:
+    """Snapshots are made on the engine's event loop, while requests wait.
 
-    def seconds(blocks: int, times: int) -> float:
-        events = shape(blocks)
-        best = float("inf")
-        for _ in range(times):
-            start = time.process_time()
-            rebuilt = mirror_of(events).events()
-            best = min(best, time.process_time() - start)
-        assert sum(len(event.block_hashes) for event in rebuilt) == blocks
-        return best
-
-    assert seconds(100_000, 1) < 40 * seconds(
-        10_000, 3
-    )  # 10 times as much, 100 if it were quadratic
+    It takes 0.3 s on a slow machine; what copies a list per block takes a minute.
+    """
+    events = shape(100_000)
+    start = time.process_time()
+    rebuilt = mirror_of(events).events()
+    assert time.process_time() - start < 5
+    assert sum(len(event.block_hashes) for event in rebuilt) == 100_000
