@@ -38,9 +38,10 @@ ROUTER = Component("router", options=("policy",))
 CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
+    "chapter3": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
 }
 
-ENGINES = {"chapter2": 2}  # where one is not enough to see the lesson
+ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
 
 
 def components(chapter: str) -> tuple[Component, ...]:

@@ -1,0 +1,149 @@
+"""The requests that were routed and are not finished: what each engine has still to compute.
+
+An engine's own figures come a moment late and say nothing about how long its prompts are. The
+router knows each prompt, and the processors tell when its first token came and when it ended.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# A request whose end nobody reports (its processor was killed) does not count for ever.
+EXPIRE_S = 600.0
+ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
+MIN_MEASURED_TOKENS = 64  # what takes less is mostly overhead
+NEW_MEASUREMENT_SHARE = 0.2
+
+
+@dataclass(slots=True)
+class ActiveRequest:
+    """`names` are its full blocks', `own_blocks` those that no other request can share."""
+
+    instance: int
+    since: float
+    prefill_tokens: int
+    names: tuple[int, ...]
+    own_blocks: int
+    in_prefill: bool = True
+
+
+@dataclass(slots=True)
+class EngineLoad:
+    """What one engine has to do; see `WorkerView`."""
+
+    prefill_tokens: int = 0
+    prefill_requests: int = 0
+    decode_requests: int = 0
+    own_blocks: int = 0
+    prefill_tokens_per_s: float = ASSUMED_PREFILL_TOKENS_PER_S
+    _shared: Counter[int] = field(default_factory=Counter)
+    _prefills: dict[str, ActiveRequest] = field(default_factory=dict)  # in the order of arrival
+    _last_first_token: float = 0.0
+
+    @property
+    def active_blocks(self) -> int:
+        return len(self._shared) + self.own_blocks
+
+    def prefill_s(self, now: float) -> float:
+        """How long the prompts will take that are not computed yet, first come first served."""
+        if not self._prefills:
+            return 0.0
+        first = next(iter(self._prefills.values()))
+        began = max(first.since, self._last_first_token)
+        done = min((now - began) * self.prefill_tokens_per_s, first.prefill_tokens)
+        return max(self.prefill_tokens - done, 0.0) / self.prefill_tokens_per_s
+
+    def add(self, request_id: str, request: ActiveRequest) -> None:
+        self.prefill_tokens += request.prefill_tokens
+        self.prefill_requests += 1
+        self.own_blocks += request.own_blocks
+        self._shared.update(request.names)
+        self._prefills[request_id] = request
+
+    def end_prefill(self, request_id: str, request: ActiveRequest) -> None:
+        request.in_prefill = False
+        del self._prefills[request_id]
+        self.prefill_tokens -= request.prefill_tokens
+        self.prefill_requests -= 1
+        self.decode_requests += 1
+
+    def measure(self, request: ActiveRequest, now: float) -> None:
+        """Learn how fast it computes prompts from one whose first token has come."""
+        seconds = now - max(request.since, self._last_first_token)
+        self._last_first_token = now
+        if request.prefill_tokens >= MIN_MEASURED_TOKENS and seconds > 0:
+            measured = request.prefill_tokens / seconds
+            self.prefill_tokens_per_s += NEW_MEASUREMENT_SHARE * (
+                measured - self.prefill_tokens_per_s
+            )
+
+    def remove(self, request: ActiveRequest) -> None:
+        """Its prefill has ended."""
+        self.decode_requests -= 1
+        self.own_blocks -= request.own_blocks
+        for name in request.names:
+            if self._shared[name] == 1:
+                del self._shared[name]
+            else:
+                self._shared[name] -= 1
+
+
+class ActiveRequests:
+    """All of them, by request id; times are of any clock that only goes forward."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, ActiveRequest] = {}  # in the order of arrival
+        self._loads: dict[int, EngineLoad] = {}
+
+    def load(self, instance: int) -> EngineLoad:
+        return self._loads.setdefault(instance, EngineLoad())
+
+    def add(
+        self,
+        request_id: str,
+        instance: int,
+        *,
+        prefill_tokens: int,
+        names: Sequence[int],
+        own_blocks: int,
+        now: float,
+    ) -> None:
+        """A request was sent to an engine."""
+        self.finish(request_id)
+        self._expire(now)
+        request = ActiveRequest(instance, now, prefill_tokens, tuple(names), own_blocks)
+        self.requests[request_id] = request
+        self.load(instance).add(request_id, request)
+
+    def first_token(self, request_id: str, now: float) -> None:
+        """Its prompt is computed."""
+        request = self.requests.get(request_id)
+        if request is not None and request.in_prefill:
+            load = self.load(request.instance)
+            load.measure(request, now)
+            load.end_prefill(request_id, request)
+
+    def finish(self, request_id: str) -> None:
+        """It has ended, well or not; unknown ones are ignored."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        load = self.load(request.instance)
+        if request.in_prefill:
+            load.end_prefill(request_id, request)
+        load.remove(request)
+
+    def remove_instance(self, instance: int) -> None:
+        """The engine has left or lost all it had."""
+        self._loads.pop(instance, None)
+        gone = [key for key, request in self.requests.items() if request.instance == instance]
+        for request_id in gone:
+            del self.requests[request_id]
+
+    def _expire(self, now: float) -> None:
+        old = itertools.takewhile(
+            lambda item: now - item[1].since > EXPIRE_S, self.requests.items()
+        )
+        for request_id, _ in list(old):
+            self.finish(request_id)

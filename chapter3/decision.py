@@ -1,0 +1,125 @@
+"""One routing decision: the policy's, what the shadow policy makes of it, and its explanation."""
+
+from dataclasses import dataclass
+
+from chapter3.policies import least_loaded
+from chapter3.policy_loader import load_policy
+from chapter3.scoring import PolicyError, Scored, best, reason, scored
+from chapter3.snapshot import Policy, Snapshot, WorkerView
+from common.protocol_routing import PolicyState, RouteOutput, ScoredCandidate
+from common.telemetry import log
+
+
+@dataclass(slots=True)
+class Decision:
+    """One decision, for those who want to know why; `shadow` has the shadow policy's scores."""
+
+    snapshot: Snapshot
+    scores: list[Scored]
+    chosen: int
+    reason: str
+    shadow: list[Scored] | None = None
+
+    @property
+    def worker(self) -> WorkerView:
+        return self.snapshot.workers[self.chosen]
+
+
+@dataclass
+class PolicyInUse:
+    """A policy, its name, and how it does; see `protocol_routing.PolicyState`."""
+
+    name: str
+    policy: Policy
+    decisions: int = 0
+    failures: int = 0
+    disagreed: int = 0
+    regret_sum: float = 0.0
+
+    @classmethod
+    def named(cls, name: str) -> "PolicyInUse":
+        """The policy of that name.
+
+        Raises:
+            ValueError: there is none, or its file cannot be run.
+        """
+        return cls(name, load_policy(name))
+
+
+def decide(snapshot: Snapshot, use: PolicyInUse, shadow: PolicyInUse | None = None) -> Decision:
+    """Apply the policy; if it fails, the least loaded engine is chosen."""
+    use.decisions += 1
+    try:
+        scores = scored(use.policy, snapshot)
+    except PolicyError as error:
+        use.failures += 1
+        log.warning("%s: %s; least loaded instead", use.name, error)
+        scores = scored(least_loaded.policy, snapshot)
+    chosen = best(scores, snapshot)
+    decision = Decision(snapshot, scores, chosen, reason(scores, snapshot, chosen))
+    if shadow is not None:
+        _score_in_shadow(shadow, decision)
+    return decision
+
+
+def _score_in_shadow(shadow: PolicyInUse, decision: Decision) -> None:
+    shadow.decisions += 1
+    try:
+        decision.shadow = scored(shadow.policy, decision.snapshot)
+    except PolicyError as error:
+        shadow.failures += 1
+        log.warning("shadow policy %s: %s", shadow.name, error)
+        return
+    theirs = best(decision.shadow, decision.snapshot)
+    shadow.disagreed += theirs != decision.chosen
+    shadow.regret_sum += decision.shadow[theirs].total - decision.shadow[decision.chosen].total
+
+
+def output(decision: Decision, *, queued_ms: float = 0.0) -> RouteOutput:
+    """The decision as the router's answer."""
+    worker = decision.worker
+    return RouteOutput(
+        instance_id=worker.instance_id,
+        worker_id=worker.worker_id,
+        overlap_blocks=worker.overlap_blocks,
+        overlap_tokens=worker.overlap_blocks * worker.block_size,
+        queued_ms=queued_ms,
+        reason=decision.reason,
+        candidates=candidates(decision),
+    )
+
+
+def candidates(decision: Decision) -> list[ScoredCandidate]:
+    """Every engine considered, with its score and the shadow policy's."""
+    return [
+        ScoredCandidate(
+            instance_id=view.instance_id,
+            worker_id=view.worker_id,
+            overlap_blocks=view.overlap_blocks,
+            running=view.running,
+            waiting=view.waiting,
+            prefill_tokens=view.prefill_tokens,
+            used_blocks=view.used_blocks,
+            score=score.total,
+            terms=dict(score.terms),
+            shadow=None if decision.shadow is None else decision.shadow[position].total,
+        )
+        for position, (view, score) in enumerate(
+            zip(decision.snapshot.workers, decision.scores, strict=True)
+        )
+    ]
+
+
+def policy_state(use: PolicyInUse, shadow: PolicyInUse | None) -> PolicyState:
+    """How the policies do."""
+    if shadow is None:
+        return PolicyState(use.name, failures=use.failures)
+    compared = shadow.decisions - shadow.failures
+    return PolicyState(
+        use.name,
+        shadow.name,
+        failures=use.failures,
+        shadowed=compared,
+        disagreed=shadow.disagreed,
+        regret=shadow.regret_sum / compared if compared else 0.0,
+    )

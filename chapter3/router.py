@@ -1,0 +1,159 @@
+"""The router component: token ids in, the engine to send them to out.
+
+Knows what every engine has cached (KV events) and how busy it is (metrics), both over ZMQ from
+the engines themselves, and from the processors what became of the requests it routed. A policy
+chooses. Endpoints: `router.find_worker`; `router.report`, which hears of first tokens and ends;
+`router.policy`, which says and changes the policy; `router.state`, what it believes about the
+engines.
+"""
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from chapter3.decision import PolicyInUse, output, policy_state
+from chapter3.feed import following
+from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
+from chapter3.selector import Selector
+from common.protocol import PipelineError, from_wire, to_wire
+from common.protocol_router import StateRequest
+from common.protocol_routing import (
+    PolicyRequest,
+    PolicyState,
+    RequestReports,
+    RouteOutput,
+    RouteRequest,
+)
+from common.telemetry import log, request_log
+from common.worker import Lifecycle, add_common_arguments, run
+
+from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+
+ENGINE_WAIT_S = 2.0
+
+
+@dynamo_worker()
+async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
+    selector = Selector(PolicyInUse.named(args.policy))
+    if args.shadow:
+        selector.shadow = PolicyInUse.named(args.shadow)
+    log.info("policy %s%s", args.policy, f", in its shadow {args.shadow}" if args.shadow else "")
+
+    async def find_worker(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            wanted = from_wire(request, RouteRequest)
+            for instance in wanted.failed:
+                selector.fail(instance)
+            found = await select(wanted)
+        except PipelineError as error:
+            found = RouteOutput(error=error.info)
+        request_log(context.id()).debug("worker %d: %s", found.worker_id, found.reason)
+        yield to_wire(found)
+
+    async def select(wanted: RouteRequest) -> RouteOutput:
+        excluded = {*wanted.excluded, *wanted.failed}
+        none: PipelineError
+        try:
+            # A router that has just started knows its engines in a moment.
+            async with asyncio.timeout(ENGINE_WAIT_S):
+                while True:
+                    try:
+                        return output(selector.select(wanted, time.monotonic(), excluded))
+                    except PipelineError as error:
+                        none = error
+                    await feed.engine_synced()
+        except TimeoutError:
+            raise none from None
+
+    async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        for known in from_wire(request, RequestReports).reports:
+            if known.kind == "first_token":
+                selector.active.first_token(known.request_id, time.monotonic())
+            else:
+                selector.active.finish(known.request_id)
+                if known.kind == "finished":
+                    selector.finished(known.output_tokens)
+        yield {}
+
+    async def policy(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            change_policy(selector, from_wire(request, PolicyRequest))
+            yield to_wire(policy_state(selector.policy, selector.shadow))
+        except PipelineError as error:
+            yield to_wire(PolicyState(error=error.info))
+
+    async def state(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        cached = selector.index.blocks() if from_wire(request, StateRequest).blocks else {}
+        for known in list(selector.workers.values()):  # they come and go between two items
+            blocks = cached.get(known.instance, [])
+            yield to_wire(selector.state(known, blocks, time.monotonic()))
+
+    async with following(runtime, args.namespace, selector) as feed:
+        await life.serve(
+            runtime,
+            {
+                f"{args.namespace}.router.find_worker": find_worker,
+                f"{args.namespace}.router.report": report,
+                f"{args.namespace}.router.policy": policy,
+                f"{args.namespace}.router.state": state,
+            },
+            failed=feed.failed,
+        )
+
+
+def change_policy(selector: Selector, wanted: PolicyRequest) -> None:
+    """Use other policies from the next request on.
+
+    Raises:
+        PipelineError: kind `invalid_request`, a policy cannot be loaded; nothing is changed.
+    """
+    new, shadow = selector.policy, selector.shadow
+    param = "policy"
+    try:
+        if wanted.policy is not None:
+            new = PolicyInUse.named(wanted.policy)
+        param = "shadow"
+        if wanted.shadow is not None:
+            shadow = PolicyInUse.named(wanted.shadow) if wanted.shadow else None
+    except ValueError as error:
+        raise PipelineError("invalid_request", f"{param}: {error}", param) from error
+    selector.policy, selector.shadow = new, shadow
+    log.info("policy %s, in its shadow %s", new.name, shadow.name if shadow else "none")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--policy",
+        type=policy_name,
+        metavar="NAME|FILE.py:FUNCTION",
+        default=os.environ.get("ROUTER_POLICY", DEFAULT_POLICY),
+        help=f"how to choose an engine: {', '.join(POLICIES)}, or a function of yours (env "
+        "ROUTER_POLICY, %(default)s)",
+    )
+    parser.add_argument(
+        "--shadow",
+        type=policy_name,
+        metavar="NAME|FILE.py:FUNCTION",
+        default=os.environ.get("ROUTER_SHADOW") or None,
+        help="a second policy that scores every decision, but routes nothing (env ROUTER_SHADOW)",
+    )
+    return parser.parse_args()
+
+
+def policy_name(text: str) -> str:
+    try:
+        load_policy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+if __name__ == "__main__":
+    run(worker, parse_args(), "router")

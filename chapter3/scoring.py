@@ -1,0 +1,68 @@
+"""Applying a policy: scores in, the choice and its explanation out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chapter3.snapshot import Policy, Score, Snapshot
+
+
+class PolicyError(Exception):
+    """A policy raised an exception, or returned what are not scores of the workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A worker's score as a number, and the terms that add up to it."""
+
+    total: float
+    terms: Mapping[str, float]
+
+
+def scored(policy: Policy, snapshot: Snapshot) -> list[Scored]:
+    """Each worker's score.
+
+    Raises:
+        PolicyError: the policy is at fault; the message says how.
+    """
+    try:
+        scores: Sequence[Score] = list(policy(snapshot))
+        results = [_scored(score) for score in scores]
+    except Exception as error:
+        raise PolicyError(f"the policy failed: {error!r}") from error
+    if len(results) != len(snapshot.workers):
+        raise PolicyError(
+            f"the policy returned {len(results)} scores for {len(snapshot.workers)} workers"
+        )
+    return results
+
+
+def best(scores: Sequence[Scored], snapshot: Snapshot) -> int:
+    """The position of the winner: the highest score, of equal ones the one chosen longest ago."""
+    keys = [
+        (score.total, -worker.turn)
+        for score, worker in zip(scores, snapshot.workers, strict=True)
+    ]  # fmt: skip
+    return max(range(len(keys)), key=keys.__getitem__)
+
+
+def reason(scores: Sequence[Scored], snapshot: Snapshot, chosen: int) -> str:
+    """Why it was chosen, in words."""
+    winner = scores[chosen]
+    others = [score.total for position, score in enumerate(scores) if position != chosen]
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in winner.terms.items())
+    margin = f" by {winner.total - max(others):.4g}" if others else ""
+    overlap = snapshot.workers[chosen].overlap_blocks
+    return f"best of {len(scores)}{margin}: {terms or winner.total}; {overlap} blocks cached"
+
+
+def _scored(score: Score) -> Scored:
+    terms: Mapping[str, float] = (
+        {str(name): float(value) for name, value in score.items()}
+        if isinstance(score, Mapping)
+        else {"score": float(score)}
+    )
+    total = math.fsum(terms.values())
+    if not math.isfinite(total):
+        raise ValueError(f"{dict(terms)} is no score")
+    return Scored(total, terms)

@@ -1,0 +1,159 @@
+"""The router's decision: a prompt in, an engine out. Needs no network and no clock of its own."""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from chapter3.active import ActiveRequests
+from chapter3.decision import Decision, PolicyInUse, decide
+from chapter3.index import KvIndex, prefix_names
+from chapter3.snapshot import RequestView, Snapshot, WorkerView
+from chapter3.workers import Worker
+from common.protocol import PipelineError
+from common.protocol_router import State, WorkerState
+from common.protocol_routing import RouteRequest
+
+from dynamo.llm import compute_block_hash_for_seq
+
+MEAN_OUTPUT_SHARE = 0.05  # of a new answer in the mean length
+SEED_BITS = 32
+
+
+@dataclass
+class Selector:
+    """Chooses among `workers`, by instance id, which whoever follows the engines keeps."""
+
+    policy: PolicyInUse
+    shadow: PolicyInUse | None = None
+    index: KvIndex = field(default_factory=KvIndex)
+    workers: dict[int, Worker] = field(default_factory=dict)
+    active: ActiveRequests = field(default_factory=ActiveRequests)
+    rng: random.Random = field(default_factory=random.Random)
+    mean_output_tokens: float = 128.0
+    _turn: int = 0
+
+    def select(self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()) -> Decision:
+        """Choose an engine, and count the prompt as sent to it.
+
+        Raises:
+            PipelineError: kind `unavailable`, there is no engine to choose.
+        """
+        workers = self._eligible(wanted.model, excluded, now)
+        names: dict[int, list[int]] = {}
+        cached: dict[int, int] = {}
+        for block_size in {worker.source.info.block_size for worker in workers}:
+            hashes = compute_block_hash_for_seq(wanted.token_ids, block_size)
+            names[block_size] = prefix_names(hashes)
+            cached |= self.index.overlaps(hashes)
+        snapshot = Snapshot(
+            self._request_view(wanted),
+            self._worker_views(workers, names, cached, len(wanted.token_ids), now),
+            now,
+            self.rng.getrandbits(SEED_BITS),
+        )
+        decision = decide(snapshot, self.policy, self.shadow)
+        self._route(wanted.request_id, decision, names[decision.worker.block_size])
+        return decision
+
+    def finished(self, output_tokens: int) -> None:
+        """An answer had so many tokens: the next ones may, too."""
+        self.mean_output_tokens += MEAN_OUTPUT_SHARE * (output_tokens - self.mean_output_tokens)
+
+    def fail(self, instance: int) -> None:
+        """A request to this engine failed: forget what it had, until it is heard of again."""
+        if instance in self.workers:
+            self.workers[instance].forget()
+            self.index.remove(instance)
+            self.active.remove_instance(instance)
+
+    def remove(self, instance: int) -> None:
+        """The engine has left."""
+        self.workers.pop(instance, None)
+        self.index.remove(instance)
+        self.active.remove_instance(instance)
+
+    def state(self, worker: Worker, block_hashes: list[int], now: float) -> WorkerState:
+        """What is known of an engine."""
+        state: State = "failed" if worker.failed else "ready" if worker.synced else "starting"
+        if state == "ready" and worker.is_silent(now):
+            state = "silent"
+        return WorkerState(
+            instance_id=worker.instance,
+            worker_id=worker.source.info.worker_id,
+            model=worker.source.info.model,
+            state=state,
+            blocks=self.index.block_count(worker.instance),
+            metrics=worker.metrics,
+            block_hashes=block_hashes,
+        )
+
+    def _request_view(self, wanted: RouteRequest) -> RequestView:
+        hints = wanted.hints
+        expected = self.mean_output_tokens if hints.output_tokens is None else hints.output_tokens
+        if wanted.max_tokens is not None:
+            expected = min(expected, wanted.max_tokens)
+        return RequestView(
+            prompt_tokens=len(wanted.token_ids),
+            output_tokens=expected,
+            session=hints.session,
+            tenant=hints.tenant,
+            priority=hints.priority,
+        )
+
+    def _worker_views(
+        self,
+        workers: Sequence[Worker],
+        names: dict[int, list[int]],
+        cached: dict[int, int],
+        prompt_tokens: int,
+        now: float,
+    ) -> tuple[WorkerView, ...]:
+        return tuple(
+            worker.view(
+                names[worker.source.info.block_size],
+                cached.get(worker.instance, 0),
+                prompt_tokens=max(prompt_tokens, 1),
+                cached_blocks=self.index.block_count(worker.instance),
+                load=self.active.load(worker.instance),
+                now=now,
+            )
+            for worker in workers
+        )
+
+    def _route(self, request_id: str, decision: Decision, names: list[int]) -> None:
+        """Count the prompt as sent to the engine that was chosen."""
+        view, request = decision.worker, decision.snapshot.request
+        worker = self.workers[view.instance_id]
+        self._turn += 1
+        worker.turn = self._turn
+        worker.expect(names, view.overlap_blocks, decision.snapshot.now)
+        if request_id:
+            self.active.add(
+                request_id,
+                view.instance_id,
+                prefill_tokens=round(view.new_tokens),
+                names=names,
+                own_blocks=1 + round(request.output_tokens / view.block_size),
+                now=decision.snapshot.now,
+            )
+
+    def _eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:
+        """The engines to choose from: those that are silent only if there is no other."""
+        known = [
+            worker
+            for worker in self.workers.values()
+            if worker.synced and worker.source.info.model == model
+            and worker.instance not in excluded
+        ]  # fmt: skip
+        heard = [worker for worker in known if not worker.is_silent(now)]
+        if not known:
+            states = ", ".join(
+                f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "
+                + self.state(worker, [], now).state
+                for worker in self.workers.values()
+            )
+            raise PipelineError(
+                "unavailable",
+                f"No engine with the model {model} is ready ({states or 'there is none at all'}).",
+            )
+        return heard or known
