@@ -13,8 +13,8 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from chapter3.processor_client import ask_processor, engine_info
 from common.answer import Answer
-from common.dispatch import dispatch
 from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, listen
 from common.http_arguments import add_http_arguments
@@ -28,24 +28,14 @@ from common.openai import (
     ChatCompletionRequest,
     ChatStream,
     CompletionRequest,
-    client_error,
     error_response,
     model_document,
     model_list,
     parse_chat,
     parse_completion,
     request_body_docs,
-    to_process_request,
 )
-from common.protocol import (
-    EngineInfo,
-    InfoOutput,
-    PipelineError,
-    TextOutput,
-    from_wire,
-    hop_error,
-    to_wire,
-)
+from common.protocol import PipelineError, to_wire
 from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
@@ -186,55 +176,6 @@ def build_app(
         return Response(PAGE.read_bytes(), media_type="text/html")
 
     return with_request_id(app)
-
-
-async def ask_processor(
-    processor: Client, request: ChatCompletionRequest | CompletionRequest, context: Context
-) -> AsyncGenerator[TextOutput, None]:
-    """The processor's items; the last one has the finish reason, or this raises.
-
-    A stream is always read to its end: the runtime takes one that was dropped for the sign of
-    a broken instance and sends that instance nothing for five seconds.
-
-    Raises:
-        PipelineError: the request failed, at any point of the stream.
-    """
-    last: TextOutput | None = None
-    wire = to_wire(to_process_request(request))
-    try:
-        async for item in dispatch(
-            lambda: processor.round_robin(wire, annotated=False, context=context), context
-        ):
-            output = from_wire(item, TextOutput)
-            if output.error is None and output.finish_reason is None:
-                yield output
-            else:
-                last = output
-    except PipelineError:
-        raise
-    except Exception as error:
-        raise PipelineError.of(hop_error(error, "processor")) from error
-    if last is None:
-        raise PipelineError("unavailable", "The processor ended the stream too early.")
-    if last.error is not None:
-        raise PipelineError.of(client_error(request, last.error))
-    yield last
-
-
-async def engine_info(processor_info: Client, *, wait: bool = False) -> EngineInfo:
-    """What the engine at the end of the chain says about itself; `wait` for it to be there."""
-    try:
-        if wait:
-            await processor_info.wait_for_instances()
-        stream = await processor_info.round_robin({"wait": wait}, annotated=False)
-        replies = [from_wire(item, InfoOutput) async for item in stream]
-    except Exception as error:
-        raise PipelineError.of(hop_error(error, "processor")) from error
-    if replies and replies[0].error is not None:
-        raise PipelineError.of(replies[0].error)
-    if not replies or replies[0].engine is None:
-        raise PipelineError("unavailable", "The processor gave no answer.")
-    return replies[0].engine
 
 
 def parse_args() -> argparse.Namespace:

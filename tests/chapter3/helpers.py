@@ -1,0 +1,26 @@
+"""What the tests of the laboratory share: chapter 2's router as tests see it, and more."""
+
+from typing import Any
+
+from common.protocol_routing import PolicyState, RouteOutput
+from tests.chapter1.helpers import MODEL
+from tests.chapter2.helpers import Router as Chapter2Router
+from tests.chapter2.helpers import RuntimeCaller, ask, prompt, start_caller
+
+__all__ = ["Router", "RuntimeCaller", "ask", "prompt", "start_caller"]
+
+
+class Router(Chapter2Router):
+    """A pipeline's router and its engines, as the runtime shows them."""
+
+    async def route(self, token_ids: list[int], **fields: Any) -> RouteOutput:
+        path = f"{self.running.namespace}.router.find_worker"
+        request = {"token_ids": token_ids, "model": MODEL, **fields}
+        (output,) = await self.caller.call(path, request, RouteOutput)
+        return output
+
+    async def policy(self, **fields: Any) -> PolicyState:
+        """Ask for a change of the policies; with no fields, for how they do."""
+        path = f"{self.running.namespace}.router.policy"
+        (state,) = await self.caller.call(path, fields, PolicyState)
+        return state
