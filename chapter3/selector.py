@@ -1,8 +1,9 @@
 """The router's decision: a prompt in, an engine out. Needs no network and no clock of its own."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from chapter3.active import ActiveRequests
 from chapter3.decision import Decision, PolicyInUse, decide
@@ -38,21 +39,37 @@ class Selector:
         Raises:
             PipelineError: kind `unavailable`, there is no engine to choose.
         """
-        workers = self._eligible(wanted.model, excluded, now)
+        return self.select_for(
+            self._request_view(wanted),
+            partial(compute_block_hash_for_seq, wanted.token_ids),
+            now,
+            model=wanted.model,
+            request_id=wanted.request_id,
+            excluded=excluded,
+        )
+
+    def select_for(
+        self,
+        request: RequestView,
+        block_hashes: Callable[[int], list[int]],
+        now: float,
+        *,
+        model: str,
+        request_id: str,
+        excluded: Collection[int] = (),
+    ) -> Decision:
+        """`select` for a prompt of which only the hashes are known, by block size."""
+        workers = self._eligible(model, excluded, now)
         names: dict[int, list[int]] = {}
         cached: dict[int, int] = {}
         for block_size in {worker.source.info.block_size for worker in workers}:
-            hashes = compute_block_hash_for_seq(wanted.token_ids, block_size)
+            hashes = block_hashes(block_size)
             names[block_size] = prefix_names(hashes)
             cached |= self.index.overlaps(hashes)
-        snapshot = Snapshot(
-            self._request_view(wanted),
-            self._worker_views(workers, names, cached, len(wanted.token_ids), now),
-            now,
-            self.rng.getrandbits(SEED_BITS),
-        )
+        views = self._worker_views(workers, names, cached, request.prompt_tokens, now)
+        snapshot = Snapshot(request, views, now, self.rng.getrandbits(SEED_BITS))
         decision = decide(snapshot, self.policy, self.shadow)
-        self._route(wanted.request_id, decision, names[decision.worker.block_size])
+        self._route(request_id, decision, names[decision.worker.block_size])
         return decision
 
     def finished(self, output_tokens: int) -> None:
