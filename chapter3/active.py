@@ -4,6 +4,7 @@ An engine's own figures come a moment late and say nothing about how long its pr
 router knows each prompt, and the processors tell when its first token came and when it ended.
 """
 
+import bisect
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +45,15 @@ class EngineLoad:
     @property
     def active_blocks(self) -> int:
         return len(self._shared) + self.own_blocks
+
+    @property
+    def prompt_blocks(self) -> int:
+        return len(self._shared)
+
+    def new_prompt_blocks(self, names: Sequence[int]) -> int:
+        """How many of a prompt's full blocks, given by their names, no request here has."""
+        # Who has a block has all those before it, so the first one that is missing is searched.
+        return len(names) - bisect.bisect(names, 0, key=lambda name: name not in self._shared)
 
     def prefill_s(self, now: float) -> float:
         """How long the prompts will take that are not computed yet, first come first served."""

@@ -35,9 +35,10 @@ class WorkerView:
     the engine's own figures and what was sent to it since. What follows is counted by the
     router: `prefill_tokens` of prompts sent there are not computed yet, `prefill_requests` is
     the number of these prompts, `decode_requests` have their first token, and `active_blocks`
-    are those of all of them, shared ones counted once. `prefill_s` is the time that the
-    prefill will take by its `prefill_tokens_per_s`, which are measured. `turn` counts up with
-    each decision and is that of the last one for this engine.
+    are those of all of them, shared ones counted once; `active_prompt_blocks` are the full ones
+    of their prompts alone, and this prompt would add `new_prompt_blocks`. `prefill_s` is the
+    time that the prefill will take by its `prefill_tokens_per_s`, which are measured. `turn`
+    counts up with each decision and is that of the last one for this engine.
     """
 
     instance_id: int
@@ -54,6 +55,8 @@ class WorkerView:
     prefill_requests: int = 0
     decode_requests: int = 0
     active_blocks: int = 0
+    active_prompt_blocks: int = 0
+    new_prompt_blocks: int = 0
     prefill_s: float = 0.0
     prefill_tokens_per_s: float = 8000.0
     turn: int = 0

@@ -130,6 +130,8 @@ class Worker:
             prefill_requests=load.prefill_requests,
             decode_requests=load.decode_requests,
             active_blocks=load.active_blocks,
+            active_prompt_blocks=load.prompt_blocks,
+            new_prompt_blocks=load.new_prompt_blocks(names),
             prefill_s=load.prefill_s(now),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             turn=self.turn,

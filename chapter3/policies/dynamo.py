@@ -1,9 +1,15 @@
-"""The cost of Dynamo's KV router: blocks to prefill plus blocks that decode.
+"""The cost of Dynamo's KV router: blocks to prefill plus blocks that are held.
 
     prefill_load_scale * max(active_prefill + prompt_blocks - overlap_credit, 0) + decode_blocks
 
-The lowest cost wins; with a temperature, the choice is drawn from the softmax of the negated
-costs, scaled to the range 0 to 1. Source: "Routing Concepts" in Dynamo's documentation.
+`active_prefill` is of prompts that have no first token yet. `decode_blocks` are the full prompt
+blocks of all running requests and of this one, shared ones counted once; what they generate does
+not count. The lowest cost wins. With a temperature it is a draw from the softmax of the negated
+costs, which are scaled so that the best and the worst are 1 apart.
+
+Source: "Routing Concepts" in Dynamo's documentation; `worker_logit` and `softmax_sample_index`
+in lib/kv-router/src/scheduling/selector, 1.6. Left out is what this pipeline does not have: the
+credits for blocks in host memory (0.75) and on disk (0.25), and weights that are 0 by default.
 """
 
 import math
@@ -12,7 +18,7 @@ import random
 from chapter3.snapshot import Snapshot
 
 PREFILL_LOAD_SCALE = 1.0
-OVERLAP_WEIGHT = 1.0
+OVERLAP_SCORE_CREDIT = 1.0
 TEMPERATURE = 0.0
 
 
@@ -20,11 +26,10 @@ def policy(snapshot: Snapshot) -> list[dict[str, float]]:
     scores = []
     for worker in snapshot.workers:
         active_prefill = worker.prefill_tokens / worker.block_size
-        overlap_credit = OVERLAP_WEIGHT * worker.overlap_blocks
+        overlap_credit = OVERLAP_SCORE_CREDIT * worker.overlap_blocks
         prefill = max(active_prefill + worker.prompt_blocks - overlap_credit, 0.0)
-        scores.append(
-            {"prefill": -PREFILL_LOAD_SCALE * prefill, "decode": -float(worker.active_blocks)}
-        )
+        decode = worker.active_prompt_blocks + worker.new_prompt_blocks
+        scores.append({"prefill": -PREFILL_LOAD_SCALE * prefill, "decode": -float(decode)})
     if TEMPERATURE > 0:
         add_chance(scores, TEMPERATURE, random.Random(snapshot.seed))
     return scores
