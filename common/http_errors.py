@@ -1,6 +1,7 @@
 """How a request over HTTP fails: its status, its body in OpenAI's shape, what it counts as."""
 
 import asyncio
+import math
 from typing import Any
 
 from common.openai import error_response
@@ -12,14 +13,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 CANCELLED = (499, "cancelled")  # nginx's status for a client that left; nobody receives it
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  # where nobody can tell
 
 
 def json_error(info: ErrorInfo) -> JSONResponse:
     """A failure as status code and JSON, with Retry-After where trying again may help."""
     status, body = error_response(info)
     again = info.kind in ("overloaded", "unavailable")
-    return JSONResponse(body, status, {"retry-after": str(RETRY_AFTER_S)} if again else None)
+    after = RETRY_AFTER_S if info.retry_after_s is None else max(math.ceil(info.retry_after_s), 1)
+    return JSONResponse(body, status, {"retry-after": str(after)} if again else None)
 
 
 def outcome(error: BaseException) -> tuple[int, str]:

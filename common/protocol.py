@@ -10,41 +10,14 @@ not travel, which keeps the item of a single token small.
 
 from typing import Any, Literal, TypeVar
 
+from common.protocol_errors import ErrorInfo as ErrorInfo
+from common.protocol_errors import ErrorKind as ErrorKind
+from common.protocol_errors import PipelineError as PipelineError
+from common.protocol_errors import hop_error as hop_error
+
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-ErrorKind = Literal[
-    "invalid_request",  # the caller must change the request
-    "too_large",  # the body is over the frontend's limit
-    "model_not_found",
-    "overloaded",  # try again later
-    "unavailable",  # a component behind this one is missing or died
-    "internal",
-]
-
-
-class ErrorInfo(msgspec.Struct, omit_defaults=True):
-    """Why a request failed; travels in-band so that every hop keeps the kind.
-
-    `param` names the request field at fault, if there is one.
-    """
-
-    kind: ErrorKind
-    message: str
-    param: str | None = None
-
-
-class PipelineError(Exception):
-    """An `ErrorInfo` as an exception, for code on one side of a hop."""
-
-    def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.info = ErrorInfo(kind, message, param)
-
-    @classmethod
-    def of(cls, info: ErrorInfo) -> "PipelineError":
-        return cls(info.kind, info.message, info.param)
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -73,10 +46,16 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=T
 
 
 class GenerateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """Token ids in: the input of `engine.generate`."""
+    """Token ids in: the input of `engine.generate`.
+
+    With `generated` the request goes on with an output that another engine began: that many of
+    the last `token_ids` are output already. They count for `max_tokens`, `min_tokens`, the
+    penalties, the seed's random numbers and the JSON schema, and do not come again.
+    """
 
     token_ids: list[int]
     sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
+    generated: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
@@ -98,7 +77,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     """Token ids out: one item of the stream of `engine.generate`.
 
     An item has all the tokens that were ready, one or more; `logprobs` is parallel to
-    `token_ids`. `worker_id` and `cached_tokens` (prompt tokens whose KV was reused) come with
+    `token_ids`. `worker_id` and `cached_tokens` (input tokens whose KV was reused) come with
     the first item; `finish_reason` and `timings` with the last. An `error` item ends the
     stream.
     """
@@ -113,7 +92,10 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
 
 
 class EngineInfo(msgspec.Struct, omit_defaults=True):
-    """What an engine is: the answer of `engine.info`. Sizes are in tokens or blocks."""
+    """What an engine is: the answer of `engine.info`. Sizes are in tokens or blocks.
+
+    `max_running` requests run at once, if it knows; more wait in it.
+    """
 
     model: str
     backend: str
@@ -122,6 +104,7 @@ class EngineInfo(msgspec.Struct, omit_defaults=True):
     total_blocks: int
     worker_id: int = 0
     simulated: bool = False
+    max_running: int | None = None
 
 
 class InfoOutput(msgspec.Struct, omit_defaults=True):
@@ -233,18 +216,3 @@ def from_wire(value: Any, message_type: type[T]) -> T:
         return msgspec.convert(value, message_type)
     except msgspec.ValidationError as error:
         raise PipelineError("invalid_request", f"{message_type.__name__}: {error}") from error
-
-
-def hop_error(error: Exception, component: str) -> ErrorInfo:
-    """Classify what a runtime client raised while calling `component`.
-
-    The runtime raises `ValueError` or `Exception` whose text begins with the kind of fault:
-    "Unavailable: ..." when there is no instance or the stream broke off, "InvalidRequest: ..."
-    and "Internal: ..." when the handler raised.
-    """
-    text = str(error)
-    if "payload is too large" in text:
-        return ErrorInfo("too_large", f"The request is too large to be sent to the {component}.")
-    if text.startswith("Unavailable"):
-        return ErrorInfo("unavailable", f"The {component} is unavailable: {text}")
-    return ErrorInfo("internal", f"The {component} failed: {text}")

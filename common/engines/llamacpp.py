@@ -21,6 +21,7 @@ from common.protocol import (
     EngineInfo,
     EngineMetrics,
     EngineOutput,
+    FinishReason,
     GenerateRequest,
     PipelineError,
 )
@@ -143,8 +144,9 @@ class LlamaCppEngine:
         matcher = None
         if request.sampling.json_schema is not None:
             matcher = await self._compile(request, request.sampling.json_schema)
-            if matcher is None:
-                request.stream.put(self._cancelled(request))
+            if matcher is None or matcher.is_stopped():
+                # Stopped: the engine that was here before had finished the document.
+                request.stream.put(self._last_item(request, "stop" if matcher else "cancelled"))
                 return
         self._check_open()
         self._open.add(request)
@@ -160,10 +162,10 @@ class LlamaCppEngine:
                 f"schemas of {self._grammars.compiling} more, the most it takes is {limit}",
             )
         stopped = request.context.async_killed_or_stopped()
-        return await self._grammars.compile_unless(stopped, json_schema)
+        return await self._grammars.compile_unless(stopped, json_schema, request.output)
 
-    def _cancelled(self, request: ScheduledRequest) -> EngineOutput:
-        return request.item(self._settings.worker_id, [], finish_reason="cancelled")
+    def _last_item(self, request: ScheduledRequest, reason: FinishReason) -> EngineOutput:
+        return request.item(self._settings.worker_id, [], finish_reason=reason)
 
     def _load(self) -> tuple[LlamaContext, Scheduler]:
         """Runs on the engine's thread, like all that touches llama.cpp's context."""
@@ -193,6 +195,7 @@ class LlamaCppEngine:
             block_size=settings.block_size,
             total_blocks=context.cells // settings.block_size,
             worker_id=settings.worker_id,
+            max_running=settings.max_running,
         )
         return context, Scheduler(
             self._cache,
@@ -227,7 +230,7 @@ class LlamaCppEngine:
             if error is not None:
                 request.stream.fail(_failure(error))
             else:
-                request.stream.put(self._cancelled(request))
+                request.stream.put(self._last_item(request, "cancelled"))
         self._open.clear()
         for cleared in self._clearing:
             if not cleared.done():

@@ -54,6 +54,8 @@ class SimulatedEngine:
 
     def __init__(self, settings: SimulatedSettings) -> None:
         self.settings = settings
+        no_queue = settings.zero_delay
+        max_running = settings.max_running + (settings.max_waiting if no_queue else 0)
         self.info = EngineInfo(
             model=served_name(settings.model),
             backend="simulated",
@@ -62,9 +64,9 @@ class SimulatedEngine:
             total_blocks=settings.cache_tokens // settings.block_size,
             worker_id=settings.worker_id,
             simulated=True,
+            max_running=max_running,
         )
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        no_queue = settings.zero_delay
         self._scheduler = Scheduler(
             BlockCache(
                 _NoMemory(),
@@ -72,7 +74,7 @@ class SimulatedEngine:
                 block_size=settings.block_size,
                 max_sequences=settings.max_running + settings.max_waiting + self.info.total_blocks,
             ),
-            max_running=settings.max_running + (settings.max_waiting if no_queue else 0),
+            max_running=max_running,
             max_waiting=0 if no_queue else settings.max_waiting,
             prefill_chunk=settings.prefill_chunk,
         )
@@ -151,7 +153,7 @@ class SimulatedEngine:
     ) -> AsyncGenerator[EngineOutput, None]:
         self._check_open()
         self._scheduler.add(scheduled)
-        self._compute(scheduled, scheduled.prompt_length)
+        self._compute(scheduled, len(scheduled.tokens))
         reason: FinishReason | None = None
         try:
             while reason is None:
