@@ -1,5 +1,6 @@
 """One routing decision: the policy's, what the shadow policy makes of it, and its explanation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chapter3.policies import least_loaded
@@ -12,13 +13,17 @@ from common.telemetry import log
 
 @dataclass(slots=True)
 class Decision:
-    """One decision, for those who want to know why; `shadow` has the shadow policy's scores."""
+    """One decision, for those who want to know why; `shadow` has the shadow policy's scores.
+
+    `tokens_hashes` are the prompt's, by the chosen engine's block size.
+    """
 
     snapshot: Snapshot
     scores: list[Scored]
     chosen: int
     reason: str
     shadow: list[Scored] | None = None
+    tokens_hashes: Sequence[int] = ()
 
     @property
     def worker(self) -> WorkerView:
@@ -33,6 +38,7 @@ class PolicyInUse:
     policy: Policy
     decisions: int = 0
     failures: int = 0
+    failure: str = ""
     disagreed: int = 0
     regret_sum: float = 0.0
 
@@ -45,18 +51,26 @@ class PolicyInUse:
         """
         return cls(name, load_policy(name))
 
+    def fail(self, error: PolicyError) -> None:
+        """A decision failed."""
+        if str(error) != self.failure:  # it may be the same at each of 1,000 decisions a second
+            log.warning("policy %s: %s", self.name, error)
+        self.failures += 1
+        self.failure = str(error)
+
 
 def decide(snapshot: Snapshot, use: PolicyInUse, shadow: PolicyInUse | None = None) -> Decision:
     """Apply the policy; if it fails, the least loaded engine is chosen."""
     use.decisions += 1
+    note = ""
     try:
         scores = scored(use.policy, snapshot)
     except PolicyError as error:
-        use.failures += 1
-        log.warning("%s: %s; least loaded instead", use.name, error)
+        use.fail(error)
+        note = f"{use.name} failed, the least loaded instead: "
         scores = scored(least_loaded.policy, snapshot)
     chosen = best(scores, snapshot)
-    decision = Decision(snapshot, scores, chosen, reason(scores, snapshot, chosen))
+    decision = Decision(snapshot, scores, chosen, note + reason(scores, snapshot, chosen))
     if shadow is not None:
         _score_in_shadow(shadow, decision)
     return decision
@@ -67,8 +81,7 @@ def _score_in_shadow(shadow: PolicyInUse, decision: Decision) -> None:
     try:
         decision.shadow = scored(shadow.policy, decision.snapshot)
     except PolicyError as error:
-        shadow.failures += 1
-        log.warning("shadow policy %s: %s", shadow.name, error)
+        shadow.fail(error)
         return
     theirs = best(decision.shadow, decision.snapshot)
     shadow.disagreed += theirs != decision.chosen
@@ -113,12 +126,15 @@ def candidates(decision: Decision) -> list[ScoredCandidate]:
 def policy_state(use: PolicyInUse, shadow: PolicyInUse | None) -> PolicyState:
     """How the policies do."""
     if shadow is None:
-        return PolicyState(use.name, failures=use.failures)
+        return PolicyState(use.name, failures=use.failures, failure=use.failure)
     compared = shadow.decisions - shadow.failures
     return PolicyState(
         use.name,
         shadow.name,
         failures=use.failures,
+        failure=use.failure,
+        shadow_failures=shadow.failures,
+        shadow_failure=shadow.failure,
         shadowed=compared,
         disagreed=shadow.disagreed,
         regret=shadow.regret_sum / compared if compared else 0.0,

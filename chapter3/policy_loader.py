@@ -1,8 +1,8 @@
 """A policy by its name, or from a file of the reader's: `path.py:function`."""
 
 import importlib
-import importlib.util
-import uuid
+import inspect
+import runpy
 from pathlib import Path
 
 from chapter3.snapshot import Policy
@@ -23,7 +23,7 @@ DEFAULT_POLICY = "earliest_start"
 
 
 def load_policy(name: str) -> Policy:
-    """The policy that `name` names; a file is read anew each time.
+    """The policy that `name` names; a file is run anew each time.
 
     Raises:
         ValueError: there is no such policy, or the file cannot be run.
@@ -40,15 +40,16 @@ def load_policy(name: str) -> Policy:
 
 
 def _load_file(path: Path, function: str) -> Policy:
-    spec = importlib.util.spec_from_file_location(f"policy_{uuid.uuid4().hex}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        # An import could take an old version of it from the cache of compiled files.
+        found = runpy.run_path(str(path), run_name="policy_file").get(function)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} cannot be run: {error!r}") from error
-    policy = getattr(module, function, None)
-    if not callable(policy):
+    if not callable(found):
         raise ValueError(f"{path} has no function {function!r}")
-    return policy  # type: ignore[no-any-return]
+    if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
+        raise ValueError(f"{function!r} in {path} is async; a policy is a plain function")
+    policy: Policy = found
+    return policy

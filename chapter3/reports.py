@@ -11,6 +11,8 @@ from common.telemetry import log
 
 from dynamo.runtime import Client
 
+ROUTER_ANSWER_S = 3.0
+
 
 class Reporter:
     """Sends reports in batches: those that come while one batch is under way are the next one."""
@@ -28,16 +30,21 @@ class Reporter:
         """Send what arrives; never returns."""
         while True:
             await self._arrived.wait()
-            self._arrived.clear()
-            reports, self._waiting = self._waiting, []
-            if not self._router.instance_ids():
-                continue  # with no router there is nobody to tell
-            try:
+            await self.send()
+
+    async def send(self) -> None:
+        """Send what waits."""
+        self._arrived.clear()
+        reports, self._waiting = self._waiting, []
+        if not reports or not self._router.instance_ids():
+            return  # with no router there is nobody to tell
+        try:
+            async with asyncio.timeout(ROUTER_ANSWER_S):
                 request = to_wire(RequestReports(reports))
                 async for _ in await self._router.round_robin(request, annotated=False):
                     pass
-            except Exception as error:  # the runtime raises nothing more precise
-                log.warning("%d reports did not reach the router: %s", len(reports), error)
+        except Exception as error:  # the runtime raises nothing more precise
+            log.warning("%d reports did not reach the router: %r", len(reports), error)
 
 
 class Attempt:
@@ -77,3 +84,4 @@ async def reporting(router: Client) -> AsyncIterator[Reporter]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await reporter.send()

@@ -1,8 +1,10 @@
 """Applying a policy: scores in, the choice and its explanation out."""
 
 import math
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Real
 
 from chapter3.snapshot import Policy, Score, Snapshot
 
@@ -26,10 +28,14 @@ def scored(policy: Policy, snapshot: Snapshot) -> list[Scored]:
         PolicyError: the policy is at fault; the message says how.
     """
     try:
-        scores: Sequence[Score] = list(policy(snapshot))
+        scores = policy(snapshot)
+        if isinstance(scores, (Mapping, Set)):
+            raise TypeError(f"a {type(scores).__name__} is no list of scores in workers' order")
         results = [_scored(score) for score in scores]
     except Exception as error:
-        raise PolicyError(f"the policy failed: {error!r}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if place.filename == __file__ else f" ({place.filename}, line {place.lineno})"
+        raise PolicyError(f"the policy failed: {error!r}{where}") from error
     if len(results) != len(snapshot.workers):
         raise PolicyError(
             f"the policy returned {len(results)} scores for {len(snapshot.workers)} workers"
@@ -58,11 +64,17 @@ def reason(scores: Sequence[Scored], snapshot: Snapshot, chosen: int) -> str:
 
 def _scored(score: Score) -> Scored:
     terms: Mapping[str, float] = (
-        {str(name): float(value) for name, value in score.items()}
+        {str(name): _number(value) for name, value in score.items()}
         if isinstance(score, Mapping)
-        else {"score": float(score)}
+        else {"score": _number(score)}
     )
     total = math.fsum(terms.values())
     if not math.isfinite(total):
         raise ValueError(f"{dict(terms)} is no score")
     return Scored(total, terms)
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (float, int, Real)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)

@@ -119,15 +119,18 @@ class PolicyState(msgspec.Struct, omit_defaults=True):
     """The policies at work, or the `error` for which nothing was changed.
 
     `failures` counts decisions that the policy could not make, because it raised an exception
-    or gave no proper scores; a request is then sent to the least loaded engine. `shadowed`
-    decisions were scored by the shadow policy, too: in `disagreed` of them it would have
-    chosen another engine, and `regret` is the mean of how much better that would have been, in
-    its own score.
+    or gave no proper scores; a request is then sent to the least loaded engine. `failure` says
+    what the last one was. `shadowed` decisions were scored by the shadow policy, too: in
+    `disagreed` of them it would have chosen another engine, and `regret` is the mean of how
+    much better that would have been, in its own score.
     """
 
     policy: str = ""
     shadow: str = ""
     failures: int = 0
+    failure: str = ""
+    shadow_failures: int = 0
+    shadow_failure: str = ""
     shadowed: int = 0
     disagreed: int = 0
     regret: float = 0.0
