@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -62,9 +62,11 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="json-schema")
 
-    async def compile_unless(self, stopped: Awaitable[bool], json_schema: str) -> LLMatcher | None:
+    async def compile_unless(
+        self, stopped: Awaitable[bool], json_schema: str, output: Sequence[int] = ()
+    ) -> LLMatcher | None:
         """See `compile`; None as soon as `stopped` returns or this compiler is stopped."""
-        compilation = asyncio.wrap_future(self._submit(json_schema))
+        compilation = asyncio.wrap_future(self._submit(json_schema, output))
         stopping = asyncio.ensure_future(stopped)
         self.compiling += 1
         try:
@@ -77,12 +79,12 @@ class GrammarCompiler:
             stopping.cancel()
             compilation.cancel()  # if it has not begun, it never will
 
-    def compile(self, json_schema: str) -> LLMatcher:
-        """A matcher at the start of a document that the schema allows.
+    def compile(self, json_schema: str, output: Sequence[int] = ()) -> LLMatcher:
+        """A matcher of documents that the schema allows, after the tokens of `output`.
 
         Raises:
             PipelineError: kind `invalid_request`, the schema is wrong, no document can begin
-                to match it, or it is beyond llguidance.
+                to match it or begins like `output`, or it is beyond llguidance.
         """
         check_schema_numbers(json_schema)
         try:
@@ -96,12 +98,14 @@ class GrammarCompiler:
             raise schema_error(matcher_error(matcher))
         if matcher.is_stopped():
             raise schema_error("no JSON document matches it")
+        if not matcher.consume_tokens(list(output)):
+            raise schema_error(matcher_error(matcher))
         return matcher
 
-    def _submit(self, json_schema: str) -> Future[LLMatcher]:
+    def _submit(self, json_schema: str, output: Sequence[int]) -> Future[LLMatcher]:
         usual = threading.stack_size(_STACK_BYTES)  # the pool starts its threads in `submit`
         try:
-            return self._threads.submit(self.compile, json_schema)
+            return self._threads.submit(self.compile, json_schema, output)
         finally:
             threading.stack_size(usual)
 

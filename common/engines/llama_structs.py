@@ -93,6 +93,19 @@ class SamplerChainParams(c.Structure):
     _fields_ = [("no_perf", c.c_bool)]
 
 
+class TokenData(c.Structure):
+    _fields_ = [("id", c.c_int32), ("logit", c.c_float), ("p", c.c_float)]
+
+
+class TokenDataArray(c.Structure):
+    _fields_ = [
+        ("data", c.POINTER(TokenData)),
+        ("size", c.c_size_t),
+        ("selected", c.c_int64),
+        ("sorted", c.c_bool),
+    ]
+
+
 LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
 
 _P, _I32, _U32, _F32, _SIZE, _BOOL, _STR = (
@@ -136,6 +149,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_get_logits_ith": (c.POINTER(_F32), [_P, _I32]),
     "llama_sampler_chain_init": (_P, [SamplerChainParams]),
     "llama_sampler_chain_add": (None, [_P, _P]),
+    "llama_sampler_apply": (None, [_P, c.POINTER(TokenDataArray)]),
     "llama_sampler_init_dist": (_P, [_U32]),
     "llama_sampler_init_top_k": (_P, [_I32]),
     "llama_sampler_init_top_p": (_P, [_F32, _SIZE]),

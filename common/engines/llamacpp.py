@@ -146,7 +146,8 @@ class LlamaCppEngine:
             matcher = await self._compile(request, request.sampling.json_schema)
             if matcher is None or matcher.is_stopped():
                 # Stopped: the engine that was here before had finished the document.
-                request.stream.put(self._last_item(request, "stop" if matcher else "cancelled"))
+                reason: FinishReason = "cancelled" if matcher is None else "stop"
+                request.stream.put(self._last_item(request, reason))
                 return
         self._check_open()
         self._open.add(request)

@@ -4,6 +4,7 @@ The logits are edited in place, then llama.cpp's samplers run on them in the ord
 SGLang: temperature, top_k, top_p, min_p.
 """
 
+import ctypes as c
 import random
 import secrets
 from collections import Counter
@@ -11,6 +12,7 @@ from collections import Counter
 from common.engines.grammar import matcher_error
 from common.engines.json_schema import schema_error
 from common.engines.llama_context import LlamaContext
+from common.engines.llama_structs import TokenData, TokenDataArray
 from common.engines.scheduled_request import ScheduledRequest
 from common.protocol import SamplingParams, TokenLogprobs
 
@@ -37,10 +39,12 @@ class Sampler:
         self._bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
         self._stop_ids = np.array(sorted(request.stop_ids), np.int64)
-        self._counts: Counter[int] = Counter()
+        self._counts = Counter(request.output)
         self._penalised = params.frequency_penalty != 0 or params.presence_penalty != 0
         self._chain = (
-            _sampler_chain(context, params) if params.temperature >= _MIN_TEMPERATURE else None
+            _sampler_chain(context, params, request.output_length)
+            if params.temperature >= _MIN_TEMPERATURE
+            else None
         )
 
     @property
@@ -94,7 +98,7 @@ class Sampler:
             raise schema_error(matcher_error(self._matcher))
 
 
-def _sampler_chain(context: LlamaContext, params: SamplingParams) -> int:
+def _sampler_chain(context: LlamaContext, params: SamplingParams, drawn: int) -> int:
     lib = context.lib
     chain: int = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     if params.temperature != 1:
@@ -105,8 +109,18 @@ def _sampler_chain(context: LlamaContext, params: SamplingParams) -> int:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(params.top_p, 1))
     if params.min_p > 0:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(params.min_p, 1))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(_seed(params.seed)))
+    last = lib.llama_sampler_init_dist(_seed(params.seed))
+    _skip_draws(context, last, drawn)
+    lib.llama_sampler_chain_add(chain, last)
     return chain
+
+
+def _skip_draws(context: LlamaContext, dist: int, count: int) -> None:
+    """Go to the random number of a later token: the sampler draws one each, whatever its choice."""
+    only = TokenData()
+    for _ in range(count):
+        candidates = TokenDataArray(c.pointer(only), 1, -1, False)
+        context.lib.llama_sampler_apply(dist, c.byref(candidates))
 
 
 def _seed(seed: int | None) -> int:

@@ -21,8 +21,9 @@ from common.protocol import (
 class ScheduledRequest:
     """A request on its way through an engine.
 
-    `tokens` is the prompt and, after it, the output. `block_hashes` are those of the full
-    blocks of `tokens` when it began to wait. `closed` is set when the caller has left. Times
+    `tokens` is the prompt and, after it, the output, of which another engine may have
+    `generated` the beginning. `block_hashes` are those of the full blocks of `tokens` when it
+    began to wait. `closed` is set when the caller has left. Times
     are in seconds of `time.perf_counter`.
     """
 
@@ -31,6 +32,7 @@ class ScheduledRequest:
     stop_ids: frozenset[int]
     sampling: SamplingParams
     context: RequestContext
+    generated: int = 0
     stream: OutputStream = field(default_factory=OutputStream)
     block_hashes: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -42,11 +44,16 @@ class ScheduledRequest:
     _sent: bool = False
 
     def __post_init__(self) -> None:
-        self.prompt_length = len(self.tokens)
+        self.prompt_length = len(self.tokens) - self.generated
 
     @property
     def output_length(self) -> int:
+        """With what another engine generated."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
 
     def is_stopped(self) -> bool:
         """Whether the caller wants no more."""
@@ -104,10 +111,18 @@ def schedule(
         PipelineError: kind `invalid_request`, naming the field and the limit.
     """
     sampling = request.sampling
-    prompt = len(request.token_ids)
-    room = context_length - prompt
-    if prompt == 0:
+    generated = request.generated
+    if not request.token_ids:
         raise PipelineError("invalid_request", "the prompt is empty", "token_ids")
+    if not 0 <= generated < len(request.token_ids):
+        raise PipelineError(
+            "invalid_request",
+            f"generated is {generated}; of {len(request.token_ids)} token ids it must be from 0 to "
+            f"{len(request.token_ids) - 1}",
+            "generated",
+        )
+    prompt = len(request.token_ids) - generated
+    room = context_length - prompt
     if room < 1:
         raise PipelineError(
             "invalid_request",
@@ -129,6 +144,13 @@ def schedule(
             f"min_tokens is {sampling.min_tokens}; it must be from 0 to {max_tokens}",
             "min_tokens",
         )
+    if generated >= max_tokens:
+        raise PipelineError(
+            "invalid_request",
+            f"generated is {generated}; with room for {max_tokens} tokens of output nothing is "
+            "left to generate",
+            "generated",
+        )
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocab_size:
         raise PipelineError(
             "invalid_request",
@@ -145,6 +167,7 @@ def schedule(
         stop_ids=stop_ids if sampling.ignore_eos else stop_ids | eog_ids,
         sampling=sampling,
         context=context,
+        generated=generated,
     )
 
 

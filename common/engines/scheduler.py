@@ -133,7 +133,7 @@ class Scheduler:
             if request.started is None:
                 request.started = time.perf_counter()
                 request.cached_tokens = reused
-                self._prompt_tokens += request.prompt_length
+                self._prompt_tokens += len(request.tokens)
                 self._cached_tokens += reused
 
     def _batch(self) -> list[Work]:
@@ -141,7 +141,7 @@ class Scheduler:
         prefills: list[Work] = []
         budget = self._prefill_chunk
         for request, sequence in self.running.items():
-            if budget and request.output_length == 0:
+            if budget and request.first_token is None:
                 self._reuse(request, sequence)
             start = len(sequence.tokens)
             missing = len(request.tokens) - start
