@@ -4,7 +4,7 @@ Knows what every engine has cached (KV events) and how busy it is (metrics), bot
 the engines themselves, and from the processors what became of the requests it routed. A policy
 chooses. Endpoints: `router.find_worker`; `router.report`, which hears of first tokens and ends;
 `router.policy`, which says and changes the policy; `router.state`, what it believes about the
-engines.
+engines; `router.watch`, a few updates a second for the page /router.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from chapter3.decision import PolicyInUse, output, policy_state
 from chapter3.feed import following
 from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
 from chapter3.selector import Selector
+from chapter3.watch import Watched
 from common.protocol import PipelineError, from_wire, to_wire
 from common.protocol_router import StateRequest
 from common.protocol_routing import (
@@ -40,6 +41,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     selector = Selector(PolicyInUse.named(args.policy))
     if args.shadow:
         selector.shadow = PolicyInUse.named(args.shadow)
+    watched = Watched(selector)
+    watched.router = runtime.endpoint(f"{args.namespace}.router.watch").connection_id()
     log.info("policy %s%s", args.policy, f", in its shadow {args.shadow}" if args.shadow else "")
 
     async def find_worker(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -61,7 +64,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             async with asyncio.timeout(ENGINE_WAIT_S):
                 while True:
                     try:
-                        return output(selector.select(wanted, time.monotonic(), excluded))
+                        decision = selector.select(wanted, time.monotonic(), excluded)
+                        watched.add(wanted.request_id, decision)
+                        return output(decision)
                     except PipelineError as error:
                         none = error
                     await feed.engine_synced()
@@ -70,6 +75,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
     async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         for known in from_wire(request, RequestReports).reports:
+            watched.log.report(known)
             if known.kind == "first_token":
                 selector.active.first_token(known.request_id, time.monotonic())
             else:
@@ -99,8 +105,10 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 f"{args.namespace}.router.report": report,
                 f"{args.namespace}.router.policy": policy,
                 f"{args.namespace}.router.state": state,
+                f"{args.namespace}.router.watch": watched.watch,
             },
             failed=feed.failed,
+            draining=watched.aclose,
         )
 
 
@@ -115,6 +123,8 @@ def change_policy(selector: Selector, wanted: PolicyRequest) -> None:
     try:
         if wanted.policy is not None:
             new = PolicyInUse.named(wanted.policy)
+            if shadow is not None:  # what it disagreed with is over
+                shadow = PolicyInUse(shadow.name, shadow.policy)
         param = "shadow"
         if wanted.shadow is not None:
             shadow = PolicyInUse.named(wanted.shadow) if wanted.shadow else None

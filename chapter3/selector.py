@@ -60,15 +60,17 @@ class Selector:
     ) -> Decision:
         """`select` for a prompt of which only the hashes are known, by block size."""
         workers = self._eligible(model, excluded, now)
+        hashes_by_size: dict[int, list[int]] = {}
         names: dict[int, list[int]] = {}
         cached: dict[int, int] = {}
         for block_size in {worker.source.info.block_size for worker in workers}:
-            hashes = block_hashes(block_size)
+            hashes = hashes_by_size[block_size] = block_hashes(block_size)
             names[block_size] = prefix_names(hashes)
             cached |= self.index.overlaps(hashes)
         views = self._worker_views(workers, names, cached, request.prompt_tokens, now)
         snapshot = Snapshot(request, views, now, self.rng.getrandbits(SEED_BITS))
         decision = decide(snapshot, self.policy, self.shadow)
+        decision.tokens_hashes = hashes_by_size[decision.worker.block_size]
         self._route(request_id, decision, names[decision.worker.block_size])
         return decision
 

@@ -1,0 +1,108 @@
+"""The last decisions and what became of them, for those who watch the router.
+
+A decision costs one small object and two references here. What a watcher is shown is made when
+it is shown, and only then.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from chapter3.decision import Decision
+from common.protocol_routing import RequestReport
+from common.protocol_watch import RequestState
+
+RECENT = 256
+OPEN_REQUESTS = 8192
+
+
+@dataclass(slots=True)
+class Logged:
+    """A decision, the policies that made it, and what is known of its request."""
+
+    number: int
+    request_id: str
+    decision: Decision
+    policy: str
+    shadow_policy: str
+    queued_ms: float
+    outcome: "Outcome"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request; `changes` counts the reports about it."""
+
+    number: int
+    instance: int
+    state: RequestState = "sent"
+    first_token_ms: float | None = None
+    output_tokens: int = 0
+    ms_per_token: float = 0.0
+    changes: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("finished", "failed")
+
+
+@dataclass
+class DecisionLog:
+    """Remembers `RECENT` decisions, and of `OPEN_REQUESTS` requests how they go."""
+
+    decided: int = 0
+    chosen: Counter[int] = field(default_factory=Counter)  # decisions by instance
+    recent: deque[Logged] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _open: dict[str, Outcome] = field(default_factory=dict)  # in the order of arrival
+
+    def add(
+        self,
+        request_id: str,
+        decision: Decision,
+        policy: str = "",
+        shadow_policy: str = "",
+        queued_ms: float = 0.0,
+    ) -> None:
+        """A decision was made; one without a request id will never be reported about."""
+        self.decided += 1
+        instance = decision.worker.instance_id
+        self.chosen[instance] += 1
+        outcome = Outcome(self.decided, instance)
+        self.recent.append(
+            Logged(
+                self.decided, request_id, decision, policy, shadow_policy, queued_ms, outcome
+            )
+        )  # fmt: skip
+        if request_id:
+            self._open[request_id] = outcome
+            if len(self._open) > OPEN_REQUESTS:  # their ends were never reported
+                del self._open[next(iter(self._open))]
+
+    def report(self, report: RequestReport) -> None:
+        """What a processor says of a request; of those that are not known it is ignored."""
+        outcome = self._open.get(report.request_id)
+        if outcome is None:
+            return
+        outcome.changes += 1
+        if report.kind == "first_token":
+            outcome.state = "answering"
+            outcome.first_token_ms = report.ms
+            return
+        outcome.state = report.kind
+        outcome.output_tokens = report.output_tokens
+        outcome.ms_per_token = report.ms
+        del self._open[report.request_id]
+
+    def since(self, number: int) -> list[Logged]:
+        """The decisions after that one, as far as they are remembered."""
+        new = min(self.decided - number, len(self.recent))
+        if new <= 0:
+            return []
+        return [self.recent[position] for position in range(-new, 0)]
+
+
+def spread(items: Sequence[Logged], count: int) -> list[Logged]:
+    """At most `count` of them, evenly spread, the last one among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(step + 1) * len(items) // count - 1] for step in range(count)]

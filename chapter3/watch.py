@@ -1,0 +1,218 @@
+"""`router.watch`: a few updates a second about all that the router knows, for a page.
+
+However many decisions are made, an update shows a few of them and their outcomes.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from chapter3.decision import Decision, policy_state
+from chapter3.decision_log import DecisionLog, Logged, Outcome, spread
+from chapter3.hot_prefixes import HotPrefixes
+from chapter3.scoring import best
+from chapter3.selector import Selector
+from chapter3.workers import Worker
+from common.protocol import ErrorInfo, to_wire
+from common.protocol_watch import (
+    RouterUpdate,
+    WatchedCandidate,
+    WatchedDecision,
+    WatchedOutcome,
+    WatchedWorker,
+)
+
+from dynamo.runtime import Context
+
+INTERVAL_S = 0.25
+DECISIONS_AT_ONCE = 6
+FIRST_DECISIONS = 20  # what a new watcher sees of the time before
+FOLLOWED = 200  # decisions whose outcomes a watcher is told
+MAX_WATCHERS = 8
+
+
+class Watched:
+    """What can be watched: the selector and its decisions; `router` is this instance's id."""
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        self.log = DecisionLog()
+        self.router = 0
+        self._prefixes = HotPrefixes()
+        self._watchers = 0
+        self._closed = asyncio.Event()
+
+    def add(self, request_id: str, decision: Decision, queued_ms: float = 0.0) -> None:
+        """A decision was just made."""
+        shadow = self.selector.shadow
+        shadow_name = shadow.name if shadow is not None else ""
+        self.log.add(request_id, decision, self.selector.policy.name, shadow_name, queued_ms)
+
+    async def aclose(self) -> None:
+        """End all streams."""
+        self._closed.set()
+
+    async def watch(self, request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        """The handler: updates until the watcher leaves or the router is closed."""
+        if self._watchers >= MAX_WATCHERS:
+            message = f"{MAX_WATCHERS} watch this router already; that is the limit."
+            error = ErrorInfo("overloaded", message)
+            yield to_wire(RouterUpdate(self._name(), error=error))
+            return
+        self._watchers += 1
+        ends: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(context.async_killed_or_stopped()),
+            asyncio.ensure_future(self._closed.wait()),
+        ]
+        watcher = Watcher(self)
+        try:
+            while not any(end.done() for end in ends):
+                yield to_wire(watcher.update(time.monotonic()))
+                await asyncio.wait(
+                    ends, timeout=INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+                )  # fmt: skip
+        finally:
+            self._watchers -= 1
+            for end in ends:
+                end.cancel()
+
+    def update(self, now: float) -> RouterUpdate:
+        """How the router does; without decisions."""
+        selector, log = self.selector, self.log
+        for gone in log.chosen.keys() - selector.workers.keys():
+            del log.chosen[gone]
+        self._prefixes.count(log.recent, now)
+        worker_ids = {
+            worker.instance: worker.source.info.worker_id for worker in selector.workers.values()
+        }
+        return RouterUpdate(
+            router=self._name(),
+            at_s=now,
+            decided=log.decided,
+            policy=policy_state(selector.policy, selector.shadow),
+            workers=sorted(
+                (self._worker(worker, now) for worker in selector.workers.values()),
+                key=lambda worker: (worker.worker_id, worker.instance),
+            ),
+            prefixes=self._prefixes.hottest(selector.index, worker_ids),
+        )
+
+    def _name(self) -> str:
+        return f"{self.router:x}"
+
+    def _worker(self, worker: Worker, now: float) -> WatchedWorker:
+        view = worker.view(
+            [],
+            0,
+            prompt_tokens=1,
+            cached_blocks=self.selector.index.block_count(worker.instance),
+            load=self.selector.active.load(worker.instance),
+            now=now,
+        )
+        return WatchedWorker(
+            instance=f"{worker.instance:x}",
+            worker_id=view.worker_id,
+            state=self.selector.state(worker, [], now).state,
+            chosen=self.log.chosen[worker.instance],
+            tags=sorted(view.tags),
+            running=view.running,
+            waiting=view.waiting,
+            block_size=view.block_size,
+            total_blocks=view.total_blocks,
+            used_blocks=view.used_blocks,
+            cached_blocks=view.cached_blocks,
+            prefill_tokens=view.prefill_tokens,
+            prefill_s=view.prefill_s,
+            prefill_tokens_per_s=view.prefill_tokens_per_s,
+            decode_requests=view.decode_requests,
+        )
+
+
+class Watcher:
+    """What one watcher was shown already."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._decided: int | None = None
+        self._followed: dict[int, tuple[Outcome, int]] = {}  # by number; changes that were told
+
+    def update(self, now: float) -> RouterUpdate:
+        """What is new since the last update."""
+        log = self._watched.log
+        update = self._watched.update(now)
+        if self._decided is None:
+            shown = log.since(log.decided - FIRST_DECISIONS)
+            update.new = len(shown)
+        else:
+            shown = spread(log.since(self._decided), DECISIONS_AT_ONCE)
+            update.new = log.decided - self._decided
+        self._decided = log.decided
+        update.decisions = [watched_decision(logged) for logged in shown]
+        self._followed |= {logged.number: (logged.outcome, 0) for logged in shown}
+        update.outcomes = self._news()
+        return update
+
+    def _news(self) -> list[WatchedOutcome]:
+        news = []
+        for number, (outcome, told) in list(self._followed.items()):
+            if outcome.changes != told:
+                self._followed[number] = outcome, outcome.changes
+                news.append(watched_outcome(outcome))
+            if outcome.ended or len(self._followed) > FOLLOWED:
+                del self._followed[number]
+        return news
+
+
+def watched_outcome(outcome: Outcome) -> WatchedOutcome:
+    return WatchedOutcome(
+        outcome.number,
+        outcome.state,
+        outcome.first_token_ms,
+        outcome.output_tokens,
+        outcome.ms_per_token,
+    )
+
+
+def watched_decision(logged: Logged) -> WatchedDecision:
+    """The decision with every candidate's terms."""
+    decision = logged.decision
+    snapshot, scores, shadow = decision.snapshot, decision.scores, decision.shadow
+    others = [score.total for at, score in enumerate(scores) if at != decision.chosen]
+    theirs = None if shadow is None else best(shadow, snapshot)
+    return WatchedDecision(
+        number=logged.number,
+        request_id=logged.request_id,
+        at_s=snapshot.now,
+        policy=logged.policy,
+        prompt_tokens=snapshot.request.prompt_tokens,
+        prompt_blocks=decision.worker.prompt_blocks,
+        expected_tokens=snapshot.request.output_tokens,
+        queued_ms=logged.queued_ms,
+        chosen=decision.chosen,
+        margin=scores[decision.chosen].total - max(others) if others else None,
+        candidates=[
+            WatchedCandidate(
+                view.worker_id,
+                view.overlap_blocks,
+                view.running,
+                view.waiting,
+                view.prefill_tokens,
+                scores[at].total,
+                dict(scores[at].terms),
+                None if shadow is None else shadow[at].total,
+                {} if shadow is None else dict(shadow[at].terms),
+            )
+            for at, view in enumerate(snapshot.workers)
+        ],
+        priority=snapshot.request.priority,
+        tenant=snapshot.request.tenant,
+        session=snapshot.request.session,
+        shadow_policy=logged.shadow_policy,
+        shadow_chosen=theirs,
+        shadow_regret=(
+            0.0
+            if shadow is None or theirs is None
+            else shadow[theirs].total - shadow[decision.chosen].total
+        ),
+    )
