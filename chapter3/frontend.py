@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from chapter3.processor_client import ask_processor, engine_info
+from chapter3.processor_client import ask_processor, engine_info, migration_counter
 from common.answer import Answer
 from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, listen
@@ -44,6 +44,7 @@ from dynamo.runtime import Client, Context, DistributedRuntime, dynamo_worker
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi_offline import FastAPIOffline
+from prometheus_client import Counter
 from starlette.types import ASGIApp
 
 CHAIN_CHECK_S = 0.5
@@ -55,6 +56,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     processor = await runtime.endpoint(f"{args.namespace}.processor.process").client()
     processor_info = await runtime.endpoint(f"{args.namespace}.processor.info").client()
     metrics = FrontendMetrics()
+    migrations = migration_counter(metrics.registry)
 
     async def chat_completions(request: Any, context: Context) -> AsyncGenerator[Any, None]:
         """OpenAI's request in, OpenAI's chunks out, for callers inside the pipeline."""
@@ -64,7 +66,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 body = {**request, "stream": True} if isinstance(request, dict) else request
                 chat = parse_chat(msgspec.json.encode(body))
                 events = ChatStream(context.id() or uuid.uuid4().hex, chat)
-                async for output in measured.observed(ask_processor(processor, chat, context)):
+                outputs = ask_processor(processor, chat, context, migrations)
+                async for output in measured.observed(outputs):
                     for event in events.chunk(output).split(b"\n\n"):
                         if event not in (b"", b"data: [DONE]"):
                             yield msgspec.json.decode(event.removeprefix(b"data: "))
@@ -85,7 +88,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         listener = listen(args.host, args.port)
     except OSError as error:
         raise ComponentError(f"cannot listen on {args.host}:{args.port}: {error}") from error
-    app = build_app(processor, processor_info, metrics, life, args)
+    app = build_app(processor, processor_info, metrics, migrations, life, args)
     async with http_server(app, listener) as server:
         log.info("listening on %s", server.url)
         await life.serve(
@@ -100,6 +103,7 @@ def build_app(
     processor: Client,
     processor_info: Client,
     metrics: FrontendMetrics,
+    migrations: Counter,
     life: Lifecycle,
     args: argparse.Namespace,
 ) -> ASGIApp:
@@ -121,7 +125,7 @@ def build_app(
             user = f" for user {request.user}" if request.user else ""
             request_log(request_id).debug("%s, stream=%s%s", endpoint, bool(request.stream), user)
             context = Context(request_id)
-            outputs = ask_processor(processor, request, context)
+            outputs = ask_processor(processor, request, context, migrations)
             return Answer(request, request_id, outputs, context, measured)  # it ends `measured`
         except BaseException as error:
             measured.end(*outcome(error))

@@ -14,9 +14,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+from chapter3.migration import DEFAULT_MIGRATION_LIMIT, Progress
 from chapter3.reports import reporting
 from chapter3.routed_stream import Hops, routed_stream
 from chapter3.router_client import ask_router
+from common.arguments import non_negative_int
 from common.dispatch import dispatch
 from common.model_files import DEFAULT_MODEL
 from common.prompt import check_fits, tokenize
@@ -80,16 +82,20 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             prompt_tokens=len(prompt),
             started=started,
         )
+        progress = Progress(
+            prompt, request.sampling, engine_is.context_length, args.migration_limit
+        )
         # Passing our context on is what carries a cancellation to the engine. To end the engine's
         # work at a stop string, and not our own answer with it, takes a context of its own.
         engine_context = context.detached(context.id()) if request.stop else context
         linked = asyncio.ensure_future(link(context, engine_context)) if request.stop else None
         finished = False
         try:
-            async for item in routed_stream(hops, request, prompt, started, engine_context):
+            async for item in routed_stream(hops, request, progress, started, engine_context):
                 if finished:
                     continue  # a stream that is not read to its end looks like a broken engine
                 output = text.push(item)
+                output.migrations = progress.take_migrations()
                 finished = output.finish_reason is not None
                 yield output
                 if finished and request.stop:
@@ -179,6 +185,14 @@ def parse_args() -> argparse.Namespace:
         default=env("ROUTER_FALLBACK", "") not in ("", "0"),
         help="with no router, let the engines take turns instead of failing (env "
         "ROUTER_FALLBACK=1)",
+    )
+    parser.add_argument(
+        "--migration-limit",
+        type=non_negative_int,
+        metavar="TIMES",
+        default=env("MIGRATION_LIMIT", str(DEFAULT_MIGRATION_LIMIT)),
+        help="when an engine dies in the midst of an answer, another one goes on with it, so many "
+        "times at most; 0 lets the answer break off (env MIGRATION_LIMIT, %(default)s)",
     )
     return parser.parse_args()
 

@@ -20,10 +20,27 @@ from common.protocol import (
 )
 
 from dynamo.runtime import Client, Context
+from prometheus_client import CollectorRegistry, Counter
+
+
+def migration_counter(registry: CollectorRegistry) -> Counter:
+    """The counter of Dynamo's frontend, `dynamo_frontend_model_migration_total`.
+
+    Dynamo counts requests of which no token had come (`new_request`) as well.
+    """
+    return Counter(
+        "dynamo_frontend_model_migration",
+        "Answers that went on with another engine in the midst",
+        ["migration_type"],
+        registry=registry,
+    ).labels("ongoing_request")
 
 
 async def ask_processor(
-    processor: Client, request: ChatCompletionRequest | CompletionRequest, context: Context
+    processor: Client,
+    request: ChatCompletionRequest | CompletionRequest,
+    context: Context,
+    migrations: Counter,
 ) -> AsyncGenerator[TextOutput, None]:
     """The processor's items; the last one has the finish reason, or this raises.
 
@@ -40,6 +57,8 @@ async def ask_processor(
             lambda: processor.round_robin(wire, annotated=False, context=context), context
         ):
             output = from_wire(item, TextOutput)
+            if output.migrations:
+                migrations.inc(output.migrations)
             if output.error is None and output.finish_reason is None:
                 yield output
             else:

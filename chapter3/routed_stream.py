@@ -1,18 +1,24 @@
-"""The processor's way to an engine: the router chooses, the processor streams from the choice."""
+"""The processor's way to an engine: the router chooses, the processor streams from the choice.
+
+An engine that fails is replaced by another one: as long as nothing has come of it with the same
+request, and after that with one that goes on where the answer broke off.
+"""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
 
+from chapter3.migration import Progress, failure_in, is_fault
 from chapter3.reports import Attempt, Reporter
 from chapter3.router_client import NoRouterError, find_worker
-from common.dispatch import NOT_LISTED, dispatch
-from common.protocol import EngineOutput, GenerateRequest, from_wire, to_wire
-from common.protocol_routing import ReportKind, RoutedProcessRequest, RouteRequest
+from common.dispatch import DIED, NOT_LISTED, dispatch
+from common.protocol import EngineOutput, PipelineError, from_wire, hop_error, to_wire
+from common.protocol_routing import ReportKind, RoutedProcessRequest, RouteOutput, RouteRequest
 from common.telemetry import request_log
 
 from dynamo.runtime import Client, Context
+from msgspec.structs import replace
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Hops:
 async def routed_stream(
     hops: Hops,
     request: RoutedProcessRequest,
-    prompt: list[int],
+    progress: Progress,
     started: float,
     context: Context,
 ) -> AsyncGenerator[EngineOutput, None]:
@@ -38,63 +44,157 @@ async def routed_stream(
     `started` is the `time.perf_counter()` at which the processor got the request.
 
     Raises:
-        PipelineError: the router gave no answer, or an error.
+        PipelineError: the router gave no answer, or an error, or the engine's own.
         Exception: what the runtime raised, see `protocol.hop_error`.
     """
-    generate = to_wire(GenerateRequest(prompt, request.sampling))
-    log = request_log(context.id())
-    tried: list[int] = []
-    attempt: Attempt | None = None
-    chosen: int | None = None
-
-    async def choose(failure: Exception | None) -> None:
-        nonlocal attempt, chosen
-        if attempt is not None:
-            attempt.end("failed")
-        # One that our client does not list, or not yet, may be as good as ever.
-        listed = failure is not None and NOT_LISTED not in str(failure)
-        failed = [chosen] if chosen is not None and listed else []
-        attempt, chosen = None, None
-        try:
-            while True:
-                wanted = RouteRequest(
-                    prompt,
-                    hops.model,
-                    failed=failed,
-                    excluded=tried,
-                    request_id=f"{context.id()}/{len(tried)}",
-                    hints=request.hints,
-                    max_tokens=request.sampling.max_tokens,
-                    waited_ms=(time.perf_counter() - started) * 1e3,
-                )
-                found = await find_worker(hops.router, wanted, context)
-                attempt = Attempt(hops.reporter, wanted.request_id, found.instance_id)
-                tried.append(found.instance_id)
-                if found.instance_id in hops.engine.instance_ids():
-                    break  # else it has left, or joined, this very moment
-                attempt.end("failed")
-                failed = []
-        except NoRouterError as error:
-            if not hops.fallback or context.is_stopped():
-                raise
-            log.warning("round robin instead: %s", error)
-            return
-        chosen = found.instance_id
-        log.info("worker %d: %s", found.worker_id, found.reason)
-
-    def send() -> Awaitable[AsyncIterator[Any]]:
-        if chosen is None:
-            return hops.engine.round_robin(generate, annotated=False, context=context)
-        return hops.engine.direct(generate, chosen, annotated=False, context=context)
-
+    route = _Route(hops, request, progress, started, context)
     kind: ReportKind = "failed"
     try:
-        async for item in dispatch(send, context, choose):
-            output = from_wire(item, EngineOutput)
-            if attempt is not None:
-                attempt.tokens(len(output.token_ids))
-            yield output
-        kind = "finished"
+        while True:
+            failure: Exception | None = None
+            begun = False
+            try:
+                async for item in dispatch(route.send, context, route.choose):
+                    begun = True
+                    output = from_wire(item, EngineOutput)
+                    failure = failure_in(output, stopped=context.is_stopped()) or failure
+                    if route.attempt is not None:
+                        route.attempt.tokens(len(output.token_ids))
+                    progress.add(output, time.perf_counter())
+                    if output.token_ids or output.finish_reason is not None:
+                        yield output
+                if failure is None and not progress.finished:
+                    failure = PipelineError("unavailable", "The engine ended the stream too early.")
+            except PipelineError:
+                raise
+            except Exception as error:  # the runtime raises nothing more precise
+                if not begun or progress.finished:
+                    raise  # nothing has come from any engine: `dispatch` has tried what may help
+                failure = error
+            if failure is None or context.is_stopped():
+                kind = "finished"
+                return
+            route.replace(failure)
+            if (last := progress.last_item()) is not None:
+                yield last
+                return
     finally:
-        if attempt is not None:
-            attempt.end(kind)
+        route.end(kind)
+
+
+class _Route:
+    """Which engine has the request, and which have had it."""
+
+    def __init__(
+        self,
+        hops: Hops,
+        request: RoutedProcessRequest,
+        progress: Progress,
+        started: float,
+        context: Context,
+    ) -> None:
+        self.attempt: Attempt | None = None
+        self._hops = hops
+        self._request = request
+        self._progress = progress
+        self._started = started
+        self._context = context
+        self._log = request_log(context.id())
+        self._tried: list[int] = []
+        self._chosen: RouteOutput | None = None  # None: engines take turns
+        self._failure: Exception | None = None  # for which another engine goes on
+
+    def send(self) -> Awaitable[AsyncIterator[Any]]:
+        engine, generate = self._hops.engine, to_wire(self._progress.request())
+        self._progress.sent(time.perf_counter())
+        if self._chosen is None:
+            return engine.round_robin(generate, annotated=False, context=self._context)
+        instance = self._chosen.instance_id
+        return engine.direct(generate, instance, annotated=False, context=self._context)
+
+    def replace(self, failure: Exception) -> None:
+        """Have another engine go on; raises the failure if that is not to be."""
+        in_band = isinstance(failure, PipelineError)
+        info = failure.info if isinstance(failure, PipelineError) else hop_error(failure, "engine")
+        died = not in_band or info.kind == "internal"
+        if not self._progress.lose(info, time.perf_counter(), died=died):
+            self.end(_verdict(failure))
+            raise failure
+        self._failure = failure
+
+    async def choose(self, failure: Exception | None) -> None:
+        """Ask the router for an engine; `failure` is that of the one before."""
+        lost, self._failure = self._failure, None
+        if failure is not None and DIED in str(failure) and not self._progress.die():
+            raise failure
+        failure, before = failure or lost, self._chosen
+        self.end(_verdict(failure))
+        try:
+            self._chosen = await self._find(_gone(before, failure))
+        except NoRouterError as error:
+            if not self._hops.fallback or self._context.is_stopped():
+                raise self._hopeless(error) from error
+            self._log.warning("round robin instead: %s", error)
+            self._chosen = None
+        except PipelineError as error:
+            raise self._hopeless(error) from error
+        else:
+            self._log.info("worker %d: %s", self._chosen.worker_id, self._chosen.reason)
+        if lost is not None:
+            made, last = len(self._progress.tokens), self._progress.worker_id
+            target = "the next in turn" if self._chosen is None else self._chosen.worker_id
+            self._log.warning(
+                "migrating from worker %s to %s after %d tokens: %s", last, target, made, lost
+            )
+
+    def end(self, kind: ReportKind) -> None:
+        """Report what became of the attempt, if there is one."""
+        if self.attempt is not None:
+            self.attempt.end(kind)
+        self.attempt = None
+
+    async def _find(self, failed: list[int]) -> RouteOutput:
+        """The router's choice among the engines that our client lists."""
+        hints, made = self._request.hints, len(self._progress.tokens)
+        if made:  # the deadline is the first token's
+            expected = hints.output_tokens and max(hints.output_tokens - made, 1)
+            hints = replace(hints, deadline_ms=None, output_tokens=expected)
+        while True:
+            wanted = RouteRequest(
+                self._progress.request().token_ids,
+                self._hops.model,
+                failed=failed,
+                excluded=self._tried,
+                request_id=f"{self._context.id()}/{len(self._tried)}",
+                hints=hints,
+                max_tokens=self._request.sampling.max_tokens and self._progress.tokens_left(),
+                waited_ms=(time.perf_counter() - self._started) * 1e3,
+            )
+            found = await find_worker(self._hops.router, wanted, self._context)
+            self.attempt = Attempt(self._hops.reporter, wanted.request_id, found.instance_id)
+            self._tried.append(found.instance_id)
+            if found.instance_id in self._hops.engine.instance_ids():
+                return found
+            self.end("failed")  # it has left, or joined, this very moment
+            failed = []
+
+    def _hopeless(self, error: PipelineError) -> PipelineError:
+        """Why the router names no engine; in the midst of an answer, also that it broke off."""
+        made = len(self._progress.tokens)
+        if made == 0 or self._context.is_stopped():
+            return error
+        message = f"The engine was lost after {made} tokens, and no other can go on: {error}"
+        return PipelineError(error.info.kind, message)
+
+
+def _gone(before: RouteOutput | None, failure: Exception | None) -> list[int]:
+    """The engine that failed, unless it may be as good as ever for other requests."""
+    if before is None or failure is None or NOT_LISTED in str(failure):
+        return []
+    return [before.instance_id] if _verdict(failure) == "failed" else []
+
+
+def _verdict(failure: Exception | None) -> ReportKind:
+    """What the router is told of an engine that did not finish the answer."""
+    refused = isinstance(failure, PipelineError) and not is_fault(failure.info)
+    return "finished" if refused else "failed"

@@ -14,6 +14,8 @@ MAX_REFUSALS = 64
 # A dead instance refuses at once. Slower is one that died with the request in its socket, or
 # NATS being away, which another instance does not help.
 FAST_FAILURE_S = 2.0
+# It had the request and is gone.
+DIED = "Stream ended"
 # The runtime does not list it: it is not there yet or not any more, or failed a moment ago.
 NOT_LISTED = "not found for endpoint"
 # Nobody listens there; it left before the stream began; it is not listed.
@@ -54,7 +56,7 @@ async def dispatch(
                 yield item
         except Exception as error:
             text = str(error)
-            died = "Stream ended" in text
+            died = DIED in text
             refused = any(part in text for part in REFUSALS)
             again = text.startswith("Unavailable") and (died or refused)
             if not again or item_seen or context.is_stopped():

@@ -184,7 +184,8 @@ class TextOutput(msgspec.Struct, omit_defaults=True):
     """Text out: one item of the stream of `processor.process`.
 
     `text` may be empty (a token that completes no character); `tokens` counts the tokens that
-    this item covers. `usage`, `timings` and `worker_id` come with the last item.
+    this item covers. `usage`, `timings` and `worker_id` come with the last item. `migrations`
+    is how often the answer has moved to another engine since the item before.
     """
 
     text: str = ""
@@ -194,6 +195,7 @@ class TextOutput(msgspec.Struct, omit_defaults=True):
     usage: Usage | None = None
     timings: Timings | None = None
     worker_id: int | None = None
+    migrations: int = 0
     error: ErrorInfo | None = None
 
 
