@@ -3,8 +3,9 @@
 import argparse
 import os
 import re
+from pathlib import Path
 
-from launch.chapters import CHAPTERS, Options
+from launch.chapters import BACKENDS, CHAPTERS, POLICIES, Options
 
 HTTP_PORT = 8000
 
@@ -32,19 +33,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backend",
         choices=("llamacpp", "simulated"),
-        help="what generates the tokens: a real model (default), or a timing model that only "
-        "takes the time a real one would",
+        help="what generates the tokens: a real model (default, but for chapter 3), or a timing "
+        "model that only takes the time a real one would",
     )
     parser.add_argument(
         "--engines",
         metavar="N",
         type=_positive,
-        help="number of engine processes (default: 1, or 2 where there is a router)",
+        help="number of engine processes (default: 1; chapter 2 has 2, chapter 3 has 4)",
+    )
+    parser.add_argument(
+        "--real",
+        metavar="N",
+        type=_positive,
+        help="so many engines that run a real model: --engines N --backend llamacpp",
     )
     parser.add_argument(
         "--policy",
-        choices=("kv", "least_loaded", "round_robin", "random"),
-        help="how the router chooses an engine, from chapter 2 on (default: kv)",
+        metavar="NAME",
+        help="how the router chooses an engine: "
+        + "; ".join(f"in {chapter} {', '.join(names)}" for chapter, names in POLICIES.items())
+        + " or FILE.py:FUNCTION (default: the router's own)",
+    )
+    parser.add_argument(
+        "--shadow",
+        metavar="NAME",
+        help="a second policy for chapter 3's router, which only says what it would have chosen",
     )
     parser.add_argument(
         "--port",
@@ -63,7 +77,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verbose", action="store_true", help="show every log line, also while asking"
     )
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    try:
+        _use_real_engines(parsed)
+        for option in ("policy", "shadow"):
+            _check_policy(parsed, option)
+    except ValueError as error:
+        parser.error(str(error))
+    if parsed.backend is None:
+        parsed.backend = os.environ.get("ENGINE_BACKEND") or BACKENDS.get(parsed.chapter)
+    return parsed
+
+
+def _use_real_engines(arguments: argparse.Namespace) -> None:
+    if arguments.real is None:
+        return
+    if arguments.backend == "simulated" or arguments.engines is not None:
+        other = "--backend simulated" if arguments.engines is None else "--engines"
+        raise ValueError(f"--real {arguments.real} and {other} contradict each other")
+    arguments.engines, arguments.backend = arguments.real, "llamacpp"
+
+
+def _check_policy(arguments: argparse.Namespace, option: str) -> None:
+    """Make the path of a policy in a file absolute.
+
+    Raises:
+        ValueError: there is no such policy in the chapter.
+    """
+    name, names = getattr(arguments, option), POLICIES.get(arguments.chapter, ())
+    taken = {option for part in CHAPTERS.get(arguments.chapter, ()) for option in part.options}
+    if name is None or name in names or option not in taken:
+        return
+    choices = ", ".join(map(repr, names)) + (" or FILE.py:FUNCTION" if "shadow" in taken else "")
+    path, colon, function = name.rpartition(":")
+    if "shadow" not in taken or not colon or not path.endswith(".py") or not function:
+        raise ValueError(f"argument --{option}: {name!r} is none of {choices}")
+    if not Path(path).is_file():
+        raise ValueError(f"argument --{option}: there is no file {path}")
+    setattr(arguments, option, f"{Path(path).absolute()}:{function}")
 
 
 def _namespace(text: str) -> str:

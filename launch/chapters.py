@@ -25,6 +25,7 @@ class Options:
     backend: str | None = None
     model: str | None = None
     policy: str | None = None
+    shadow: str | None = None
     port: int = 8000
 
 
@@ -32,16 +33,36 @@ ENGINE = Component("engine", options=("backend", "model"), replicated=True)
 PROCESSOR = Component("processor", options=("model",))
 FRONTEND = Component("frontend", options=("port",))
 ROUTER = Component("router", options=("policy",))
+LABORATORY_ROUTER = Component("router", options=("policy", "shadow"))
 
 # A chapter's components in the order of a request's way back: a component stands after
 # those it calls. They stop in the opposite order.
 CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
-    "chapter3": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
+    "chapter3": (ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
 }
 
+ROUTER_PAGE = ("chapter3",)  # whose frontend serves /router
+
 ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
+BACKENDS = {"chapter3": "simulated"}  # where the lesson takes more engines than a laptop can run
+
+# The policies that have a name; where there is a shadow, a function of a file will do, too.
+POLICIES = {
+    "chapter2": ("kv", "least_loaded", "round_robin", "random"),
+    "chapter3": (
+        "dynamo",
+        "earliest_start",
+        "kv",
+        "least_loaded",
+        "power_of_two",
+        "random",
+        "round_robin",
+        "session_affinity",
+    ),
+}
+PAGES = {"chapter3": {"Router page": "/router"}}  # besides the chat page
 
 
 def components(chapter: str) -> tuple[Component, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
-from launch.chapters import Options, components
+from launch.chapters import PAGES, Options, components
 from launch.child import ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
@@ -69,6 +69,7 @@ async def launch(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         model=arguments.model,
         policy=arguments.policy,
+        shadow=arguments.shadow,
         port=http_port(arguments.port, HTTP_PORT),
     )
     show_logs = arguments.verbose or not arguments.ask
@@ -122,10 +123,12 @@ def _named_servers() -> dict[str, str]:
 
 
 def _check_chapter(arguments: argparse.Namespace) -> None:
-    """There is such a chapter, and it has a router if a policy was chosen."""
-    routed = any("policy" in component.options for component in components(arguments.chapter))
-    if arguments.policy is not None and not routed:
+    """There is such a chapter, and it has a router that takes the policies that were chosen."""
+    taken = {option for component in components(arguments.chapter) for option in component.options}
+    if arguments.policy is not None and "policy" not in taken:
         raise LaunchError(f"--policy: {arguments.chapter} has no router")
+    if arguments.shadow is not None and "shadow" not in taken:
+        raise LaunchError(f"--shadow: {arguments.chapter} has no router with a second policy")
 
 
 def _check_model(model: str | None) -> None:
@@ -197,8 +200,12 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
     note = " (simulated: the words mean nothing)" if arguments.backend == "simulated" else ""
     say(f"ready in {time.perf_counter() - began:.1f} s{note}")
     if not arguments.ask:
-        print(f"Chat page:  {running.url}/")
+        print(f"Chat page: {running.url}/")
+        if arguments.chapter in ROUTER_PAGE:
+            print(f"Router page: {running.url}/router")
         print(f"OpenAI API: {running.url}/v1")
+        for name, path in PAGES.get(arguments.chapter, {}).items():
+            print(f"{name}: {running.url}{path}")
         print("Ctrl-C stops everything.", flush=True)
         await asyncio.get_running_loop().create_future()  # until it is cancelled
     for question in arguments.ask:

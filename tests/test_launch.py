@@ -192,6 +192,24 @@ def test_a_router_has_two_engines_and_the_policy_of_the_command_line(folder: Pat
         launcher.check_nothing_left()
 
 
+def test_chapter_3_has_four_simulated_engines_and_takes_a_policy_from_a_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def last(snapshot):\n    return [worker.worker_id for worker in snapshot.workers]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--policy", "mine.py:last", "--shadow", "dynamo", "--ask", "one", "--verbose"]
+    with launched(folder, "chapter3", *arguments) as launcher:
+        launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
+        assert launcher.wait() == 0, launcher.stderr
+        assert "starting engine0, engine1, engine2, engine3, router, " in launcher.stderr
+        assert "(simulated: the words mean nothing)" in launcher.stderr
+        assert f"policy {tmp_path}/mine.py:last, in its shadow dynamo" in launcher.stderr
+        assert STATS.findall(launcher.stdout) == ["3"]
+        launcher.check_nothing_left()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serves_until_a_signal(folder: Path, number: signal.Signals) -> None:
     with launched(folder, *SIMULATED) as launcher:
@@ -399,6 +417,15 @@ def test_what_is_no_address_of_a_server(folder: Path) -> None:
         (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
         (["chapter2", "--policy", "magic"], 2, "'kv', 'least_loaded', 'round_robin', 'random'"),
         (["chapter1", "--policy", "kv"], 1, "--policy: chapter1 has no router"),
+        (["chapter2", "--policy", "dynamo"], 2, "--policy: 'dynamo' is none of 'kv', "),
+        (["chapter2", "--policy", "x.py:f"], 2, "--policy: 'x.py:f' is none of 'kv', "),
+        (["chapter2", "--shadow", "magic"], 1, "--shadow: chapter2 has no router with a second"),
+        (["chapter3", "--policy", "magic"], 2, "--policy: 'magic' is none of 'dynamo', "),
+        (["chapter3", "--shadow", "magic"], 2, "'session_affinity' or FILE.py:FUNCTION"),
+        (["chapter3", "--policy", "gone.py:f"], 2, "--policy: there is no file gone.py"),
+        (["chapter3", "--real", "0"], 2, "--real: '0' is not a whole number of at least 1"),
+        (["chapter3", "--real", "2", "--engines", "2"], 2, "--real 2 and --engines contradict"),
+        (["chapter1", "--real", "2", "--backend", "simulated"], 2, "--backend simulated contrad"),
     ],
 )
 def test_wrong_arguments(folder: Path, arguments: list[str], status: int, message: str) -> None:

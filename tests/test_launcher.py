@@ -5,9 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
-from launch.chapters import ENGINE, ROUTER, Component, Options, components, processes
+import chapter3.policy_loader
+from common.protocol_router import Policy
+from launch.arguments import parse_arguments
+from launch.chapters import ENGINE, POLICIES, ROUTER, Component, Options, components, processes
 from launch.child import ChildFailedError
 from launch.children import Children
 from launch.launcher import StopSignals, _check_stopped, _until_done
@@ -56,7 +59,13 @@ async def test_a_component_that_does_not_stop_well_is_told(
 
 @pytest.mark.parametrize(
     ("chapter", "engines", "expected"),
-    [("chapter1", None, 1), ("chapter2", None, 2), ("chapter1", 3, 3), ("chapter2", 1, 1)],
+    [
+        ("chapter1", None, 1),
+        ("chapter2", None, 2),
+        ("chapter3", None, 4),
+        ("chapter1", 3, 3),
+        ("chapter2", 1, 1),
+    ],
 )
 def test_the_number_of_engines(chapter: str, engines: int | None, expected: int) -> None:
     """A router has something to choose from, unless the user says otherwise."""
@@ -74,3 +83,36 @@ def test_the_policy_goes_to_the_router_alone() -> None:
     routed = [c for c in components("chapter2") if with_policy(c, Options(policy="random"))]
     assert routed == [ROUTER]
     assert not with_policy(ROUTER, Options()), "the default is the component's own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "engines", "backend"),
+    [
+        (["chapter1"], "", None, None),
+        (["chapter2"], "", None, None),
+        (["chapter3"], "", None, "simulated"),
+        (["chapter3"], "llamacpp", None, "llamacpp"),
+        (["chapter3", "--backend", "simulated"], "llamacpp", None, "simulated"),
+        (["chapter3", "--engines", "2"], "", 2, "simulated"),
+        (["chapter3", "--backend", "llamacpp"], "", None, "llamacpp"),
+        (["chapter3", "--real", "2"], "", 2, "llamacpp"),
+        (["chapter3", "--real", "2", "--backend", "llamacpp"], "simulated", 2, "llamacpp"),
+        (["chapter2", "--real", "3"], "", 3, "llamacpp"),
+    ],
+)
+def test_what_runs_on_the_engines(
+    arguments: list[str],
+    environment: str,
+    engines: int | None,
+    backend: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ENGINE_BACKEND", environment)
+    parsed = parse_arguments(arguments)
+    assert (parsed.engines, parsed.backend) == (engines, backend)
+
+
+def test_the_launcher_knows_the_policies_of_the_routers() -> None:
+    """It runs without .venv for its help, so it cannot ask them."""
+    assert set(POLICIES["chapter2"]) == set(get_args(Policy))
+    assert POLICIES["chapter3"] == tuple(chapter3.policy_loader.POLICIES)
