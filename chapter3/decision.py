@@ -113,6 +113,7 @@ def candidates(decision: Decision) -> list[ScoredCandidate]:
             waiting=view.waiting,
             prefill_tokens=view.prefill_tokens,
             used_blocks=view.used_blocks,
+            health=view.health,
             score=score.total,
             terms=dict(score.terms),
             shadow=None if decision.shadow is None else decision.shadow[position].total,

@@ -7,6 +7,7 @@ and `engine.kv_snapshot` gives what is cached now to who was not there when it h
 """
 
 import argparse
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -76,7 +77,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         yield to_wire(engine.metrics())
 
     host = args.kv_host or kv_host()
-    async with publishing(engine, host, args.kv_events_port, args.metrics_port) as publisher:
+    async with publishing(
+        engine, host, args.kv_events_port, args.metrics_port, args.tag
+    ) as publisher:
         try:
             await life.serve(
                 runtime,
@@ -100,6 +103,14 @@ def parse_args() -> argparse.Namespace:
     add_common_arguments(parser)
     add_engine_arguments(parser)
     add_kv_arguments(parser)
+    parser.add_argument(
+        "--tag",
+        action="append",
+        default=os.environ.get("ENGINE_TAGS", "").split(),
+        metavar="NAME",
+        help="a word that says what kind of engine this is, which routing policies see; may "
+        "repeat (env ENGINE_TAGS, separated by blanks)",
+    )
     return parser.parse_args()
 
 

@@ -98,6 +98,7 @@ class Feed:
         worker = self.selector.workers.get(instance)
         if worker is None:
             worker = self.selector.workers[instance] = Worker(instance, source)
+            worker.tags = frozenset(source.tags)
         with (
             self._subscribe(source, source.events) as events,
             self._subscribe(source, source.metrics) as metrics,

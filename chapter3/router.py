@@ -14,8 +14,10 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from chapter3.canary import add_health_arguments, watching_health
 from chapter3.decision import PolicyInUse, output, policy_state
 from chapter3.feed import following
+from chapter3.health import FleetHealth
 from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
 from chapter3.selector import Selector
 from chapter3.watch import Watched
@@ -39,6 +41,7 @@ ENGINE_WAIT_S = 2.0
 @dynamo_worker()
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
     selector = Selector(PolicyInUse.named(args.policy))
+    selector.health = FleetHealth(args.slow_ratio, canaries=not args.no_canaries)
     if args.shadow:
         selector.shadow = PolicyInUse.named(args.shadow)
     watched = Watched(selector)
@@ -49,6 +52,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         try:
             wanted = from_wire(request, RouteRequest)
             for instance in wanted.failed:
+                selector.health.failed(instance, wanted.request_id, time.monotonic())
                 selector.fail(instance)
             found = await select(wanted)
         except PipelineError as error:
@@ -76,12 +80,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         for known in from_wire(request, RequestReports).reports:
             watched.log.report(known)
-            if known.kind == "first_token":
-                selector.active.first_token(known.request_id, time.monotonic())
-            else:
-                selector.active.finish(known.request_id)
-                if known.kind == "finished":
-                    selector.finished(known.output_tokens)
+            selector.report(known, time.monotonic())
         yield {}
 
     async def policy(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -97,7 +96,12 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             blocks = cached.get(known.instance, [])
             yield to_wire(selector.state(known, blocks, time.monotonic()))
 
-    async with following(runtime, args.namespace, selector) as feed:
+    # Clients come first: endpoints that are made while another task uses one may block for ever.
+    engines = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
+    async with (
+        following(runtime, args.namespace, selector) as feed,
+        watching_health(engines, selector, feed.failed),
+    ):
         await life.serve(
             runtime,
             {
@@ -154,6 +158,7 @@ def parse_args() -> argparse.Namespace:
         default=os.environ.get("ROUTER_SHADOW") or None,
         help="a second policy that scores every decision, but routes nothing (env ROUTER_SHADOW)",
     )
+    add_health_arguments(parser)
     return parser.parse_args()
 
 

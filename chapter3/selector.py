@@ -7,12 +7,13 @@ from functools import partial
 
 from chapter3.active import ActiveRequests
 from chapter3.decision import Decision, PolicyInUse, decide
+from chapter3.health import FleetHealth
 from chapter3.index import KvIndex, prefix_names
 from chapter3.snapshot import RequestView, Snapshot, WorkerView
 from chapter3.workers import Worker
 from common.protocol import PipelineError
-from common.protocol_router import State, WorkerState
-from common.protocol_routing import RouteRequest
+from common.protocol_router import State
+from common.protocol_routing import RequestReport, RoutedWorkerState, RouteRequest
 
 from dynamo.llm import compute_block_hash_for_seq
 
@@ -29,6 +30,7 @@ class Selector:
     index: KvIndex = field(default_factory=KvIndex)
     workers: dict[int, Worker] = field(default_factory=dict)
     active: ActiveRequests = field(default_factory=ActiveRequests)
+    health: FleetHealth = field(default_factory=FleetHealth)
     rng: random.Random = field(default_factory=random.Random)
     mean_output_tokens: float = 128.0
     _turn: int = 0
@@ -59,20 +61,40 @@ class Selector:
         excluded: Collection[int] = (),
     ) -> Decision:
         """`select` for a prompt of which only the hashes are known, by block size."""
-        workers = self._eligible(model, excluded, now)
-        hashes_by_size: dict[int, list[int]] = {}
-        names: dict[int, list[int]] = {}
-        cached: dict[int, int] = {}
-        for block_size in {worker.source.info.block_size for worker in workers}:
-            hashes = hashes_by_size[block_size] = block_hashes(block_size)
-            names[block_size] = prefix_names(hashes)
-            cached |= self.index.overlaps(hashes)
+        workers = self.eligible(model, excluded, now)
+        hashes_by_size, names, cached = self._known_blocks(workers, block_hashes)
         views = self._worker_views(workers, names, cached, request.prompt_tokens, now)
         snapshot = Snapshot(request, views, now, self.rng.getrandbits(SEED_BITS))
         decision = decide(snapshot, self.policy, self.shadow)
         decision.tokens_hashes = hashes_by_size[decision.worker.block_size]
         self._route(request_id, decision, names[decision.worker.block_size])
         return decision
+
+    def views(
+        self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()
+    ) -> tuple[WorkerView, ...]:
+        """What a policy would see of the engines that may have the request; raises as `select`."""
+        workers = self.eligible(wanted.model, excluded, now)
+        hashes = partial(compute_block_hash_for_seq, wanted.token_ids)
+        _, names, cached = self._known_blocks(workers, hashes)
+        return self._worker_views(workers, names, cached, len(wanted.token_ids), now)
+
+    def report(self, known: RequestReport, now: float) -> None:
+        """What became of a routed request."""
+        request_id, instance = known.request_id, known.instance_id
+        seconds, tokens = known.ms / 1e3, known.output_tokens
+        if known.kind == "first_token":
+            self.active.first_token(request_id, now)
+            self.health.first_token(instance, request_id, seconds, now)
+            return
+        self.active.finish(request_id)
+        if known.kind == "finished":
+            self.finished(tokens)
+            self.health.finished(instance, request_id, seconds, tokens, now)
+        elif tokens:
+            self.health.failed(instance, request_id, now)
+        # Without a token, a refusal may be the request's fault; see `FindWorkerRequest.failed`.
+        self.health.ended(instance, request_id)
 
     def finished(self, output_tokens: int) -> None:
         """An answer had so many tokens: the next ones may, too."""
@@ -88,15 +110,16 @@ class Selector:
     def remove(self, instance: int) -> None:
         """The engine has left."""
         self.workers.pop(instance, None)
+        self.health.remove(instance)
         self.index.remove(instance)
         self.active.remove_instance(instance)
 
-    def state(self, worker: Worker, block_hashes: list[int], now: float) -> WorkerState:
+    def state(self, worker: Worker, block_hashes: list[int], now: float) -> RoutedWorkerState:
         """What is known of an engine."""
         state: State = "failed" if worker.failed else "ready" if worker.synced else "starting"
         if state == "ready" and worker.is_silent(now):
             state = "silent"
-        return WorkerState(
+        return RoutedWorkerState(
             instance_id=worker.instance,
             worker_id=worker.source.info.worker_id,
             model=worker.source.info.model,
@@ -104,6 +127,9 @@ class Selector:
             blocks=self.index.block_count(worker.instance),
             metrics=worker.metrics,
             block_hashes=block_hashes,
+            health=self.health.state(worker.instance),
+            health_reason=self.health.why(worker.instance),
+            tags=tuple(sorted(worker.tags)),
         )
 
     def _request_view(self, wanted: RouteRequest) -> RequestView:
@@ -118,6 +144,19 @@ class Selector:
             tenant=hints.tenant,
             priority=hints.priority,
         )
+
+    def _known_blocks(
+        self, workers: Sequence[Worker], block_hashes: Callable[[int], list[int]]
+    ) -> tuple[dict[int, list[int]], dict[int, list[int]], dict[int, int]]:
+        """A prompt's hashes and names by block size, and how many are cached by instance id."""
+        hashes: dict[int, list[int]] = {}
+        names: dict[int, list[int]] = {}
+        cached: dict[int, int] = {}
+        for block_size in {worker.source.info.block_size for worker in workers}:
+            hashes[block_size] = block_hashes(block_size)
+            names[block_size] = prefix_names(hashes[block_size])
+            cached |= self.index.overlaps(hashes[block_size])
+        return hashes, names, cached
 
     def _worker_views(
         self,
@@ -134,6 +173,7 @@ class Selector:
                 prompt_tokens=max(prompt_tokens, 1),
                 cached_blocks=self.index.block_count(worker.instance),
                 load=self.active.load(worker.instance),
+                health=self.health.state(worker.instance),
                 now=now,
             )
             for worker in workers
@@ -147,6 +187,14 @@ class Selector:
         worker.turn = self._turn
         worker.expect(names, view.overlap_blocks, decision.snapshot.now)
         if request_id:
+            self.health.sent(
+                view.instance_id,
+                request_id,
+                decision.snapshot.now,
+                tokens=view.prefill_tokens + round(view.new_tokens),
+                own_tokens=round(view.new_tokens),
+                waits=view.waiting > 0,
+            )
             self.active.add(
                 request_id,
                 view.instance_id,
@@ -156,8 +204,12 @@ class Selector:
                 now=decision.snapshot.now,
             )
 
-    def _eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:
-        """The engines to choose from: those that are silent only if there is no other."""
+    def eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:
+        """The engines to choose from: silent and sick ones only if there is no other.
+
+        Raises:
+            PipelineError: kind `unavailable`, there is none.
+        """
         known = [
             worker
             for worker in self.workers.values()
@@ -175,4 +227,5 @@ class Selector:
                 "unavailable",
                 f"No engine with the model {model} is ready ({states or 'there is none at all'}).",
             )
-        return heard or known
+        well = [worker for worker in heard if self.health.may_serve(worker.instance)]
+        return well or heard or known

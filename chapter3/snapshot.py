@@ -8,6 +8,8 @@ was chosen longest ago.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from common.protocol_routing import HealthState
+
 Score = float | Mapping[str, float]
 
 
@@ -38,7 +40,8 @@ class WorkerView:
     are those of all of them, shared ones counted once; `active_prompt_blocks` are the full ones
     of their prompts alone, and this prompt would add `new_prompt_blocks`. `prefill_s` is the
     time that the prefill will take by its `prefill_tokens_per_s`, which are measured. `turn`
-    counts up with each decision and is that of the last one for this engine.
+    counts up with each decision and is that of the last one for this engine. `tags` are what
+    the engine was started with; one whose `health` is `probing` takes one request at a time.
     """
 
     instance_id: int
@@ -61,6 +64,7 @@ class WorkerView:
     prefill_tokens_per_s: float = 8000.0
     turn: int = 0
     tags: frozenset[str] = frozenset()
+    health: HealthState = "healthy"
 
     @property
     def new_tokens(self) -> float:

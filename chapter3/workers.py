@@ -12,6 +12,7 @@ from chapter3.active import EngineLoad
 from chapter3.snapshot import WorkerView
 from common.protocol import EngineMetrics
 from common.protocol_router import KvSource
+from common.protocol_routing import HealthState
 
 # What was routed counts as load until the engine's own figures include it.
 PREDICTED_LOAD_S = 0.1
@@ -50,6 +51,11 @@ class Worker:
     _routed_blocks: int = 0
     _expected: deque[Routed] = field(default_factory=deque)  # counts as cached
     _prefixes: dict[int, float] = field(default_factory=dict)  # the names in it: until when
+
+    @property
+    def routed_requests(self) -> int:
+        """How many were sent here of which its own figures may not tell yet."""
+        return len(self._routed)
 
     def is_silent(self, now: float) -> bool:
         return now - self.heard > SILENT_AFTER_S
@@ -107,6 +113,7 @@ class Worker:
         prompt_tokens: int,
         cached_blocks: int,
         load: EngineLoad,
+        health: HealthState = "healthy",
         now: float,
     ) -> WorkerView:
         """What a policy sees of this engine, for a prompt given by its blocks' names."""
@@ -136,6 +143,7 @@ class Worker:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             turn=self.turn,
             tags=self.tags,
+            health=health,
         )
 
     def _forget_load_before(self, time: float) -> None:

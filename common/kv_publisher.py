@@ -10,7 +10,7 @@ import contextlib
 import errno
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from common.engines.base import Engine
 from common.errors import ComponentError
@@ -32,10 +32,16 @@ SNAPSHOT_PART_TOKENS = 65536
 class KvPublisher:
     """Made by `publishing`, which lets it publish; belongs to one event loop."""
 
-    def __init__(self, engine: Engine, events: zmq.Socket[bytes], metrics: zmq.Socket[bytes]):
+    def __init__(
+        self,
+        engine: Engine,
+        events: zmq.Socket[bytes],
+        metrics: zmq.Socket[bytes],
+        tags: Sequence[str] = (),
+    ) -> None:
         # A topic of its own, because a restarted engine may have the address of the one before.
         topic = f"kv@{uuid.uuid4().hex}"
-        self.source = KvSource(engine.info, topic, _address(events), _address(metrics))
+        self.source = KvSource(engine.info, topic, _address(events), _address(metrics), list(tags))
         self._engine = engine
         self._topic = topic.encode()
         self._events, self._metrics = events, metrics
@@ -87,7 +93,11 @@ class KvPublisher:
 
 @contextlib.asynccontextmanager
 async def publishing(
-    engine: Engine, host: str, events_port: int | None, metrics_port: int | None
+    engine: Engine,
+    host: str,
+    events_port: int | None,
+    metrics_port: int | None,
+    tags: Sequence[str] = (),
 ) -> AsyncIterator[KvPublisher]:
     """Publish what `engine` caches and how busy it is; begin before its first request.
 
@@ -105,7 +115,7 @@ async def publishing(
         metrics = stack.enter_context(context.socket(zmq.PUB))
         _bind(events, host, events_port, 5557 + worker_id)
         _bind(metrics, host, metrics_port, 5657 + worker_id)
-        publisher = KvPublisher(engine, events, metrics)
+        publisher = KvPublisher(engine, events, metrics, tags)
 
         def publish(batch: list[KvEvent]) -> None:
             if not loop.is_closed():

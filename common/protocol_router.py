@@ -64,12 +64,16 @@ class FindWorkerOutput(msgspec.Struct, omit_defaults=True):
 
 
 class KvSource(msgspec.Struct, omit_defaults=True):
-    """Where an engine publishes: ZMQ addresses, and the topic, which is this process's own."""
+    """Where an engine publishes: ZMQ addresses, and the topic, which is this process's own.
+
+    `tags` are words that say what kind of engine it is, for policies.
+    """
 
     info: EngineInfo
     topic: str
     events: str
     metrics: str
+    tags: list[str] = []
 
 
 class KvSnapshotPart(msgspec.Struct, omit_defaults=True):

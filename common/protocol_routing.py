@@ -8,7 +8,7 @@ scripts   --PolicyRequest-----> router.policy        <--PolicyState--
 from typing import Literal
 
 from common.protocol import ErrorInfo, ProcessRequest
-from common.protocol_router import FindWorkerRequest
+from common.protocol_router import FindWorkerRequest, WorkerState
 
 import msgspec
 
@@ -42,13 +42,22 @@ class RouteRequest(FindWorkerRequest, omit_defaults=True, forbid_unknown_fields=
 
     `request_id` names this attempt in the reports that follow; one that is sent again after a
     failure has another one. `max_tokens` bounds the output. `waited_ms` has passed since the
-    frontend had the request.
+    frontend had the request. One that was `admitted` before goes without waiting again.
     """
 
     request_id: str = ""
     hints: RoutingHints = msgspec.field(default_factory=RoutingHints)
     max_tokens: int | None = None
     waited_ms: float = 0.0
+    admitted: bool = False
+
+
+class RoutedWorkerState(WorkerState, omit_defaults=True):
+    """What the router believes about an engine; `health_reason` says why it is in doubt."""
+
+    health: HealthState = "healthy"
+    health_reason: str = ""
+    tags: tuple[str, ...] = ()
 
 
 class ScoredCandidate(msgspec.Struct, omit_defaults=True):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.protocol_routing import PolicyState, RouteOutput
+from common.protocol_routing import PolicyState, RoutedWorkerState, RouteOutput
 from tests.chapter1.helpers import MODEL
 from tests.chapter2.helpers import Router as Chapter2Router
 from tests.chapter2.helpers import RuntimeCaller, ask, prompt, start_caller
@@ -24,3 +24,9 @@ class Router(Chapter2Router):
         path = f"{self.running.namespace}.router.policy"
         (state,) = await self.caller.call(path, fields, PolicyState)
         return state
+
+    async def workers(self, router: int | None = None) -> list[RoutedWorkerState]:
+        """What the router (if there are several: this instance) believes, by worker id."""
+        path = f"{self.running.namespace}.router.state"
+        states = await self.caller.call(path, {}, RoutedWorkerState, router)
+        return sorted(states, key=lambda state: state.worker_id)
