@@ -56,7 +56,7 @@ class Progress:
 
     def add(self, output: EngineOutput, now: float) -> None:
         """Take note of an item, and make it one of the whole answer's."""
-        if self._resuming:
+        if self._resuming and (output.token_ids or output.finish_reason):
             self._resuming = False
             self.migrations += 1
         if self.tokens:
@@ -92,9 +92,7 @@ class Progress:
         self._losses += 1
         if self._losses > self.limit:
             return False
-        began = now if self._first_token is None else self._first_token
-        self._lost.prefill_ms += (began - self._sent) * 1e3
-        self._lost.decode_ms += (now - began) * 1e3
+        self._count_time(now)
         self._resuming = bool(self.tokens)
         return True
 
@@ -104,7 +102,7 @@ class Progress:
         self._died_at = len(self.tokens)
         return not same
 
-    def last_item(self) -> EngineOutput | None:
+    def last_item(self, now: float) -> EngineOutput | None:
         """The answer's end, if the engine was lost between the last token and the finish reason."""
         reason: FinishReason
         count, stop_ids = len(self.tokens), self.sampling.stop_token_ids
@@ -115,7 +113,14 @@ class Progress:
         else:
             return None
         self.finished = True
+        self._count_time(now)
         return EngineOutput(finish_reason=reason, timings=self._lost)
+
+    def _count_time(self, now: float) -> None:
+        """The time that an engine spent which cannot tell it any more."""
+        began = now if self._first_token is None else self._first_token
+        self._lost.prefill_ms += (began - self._sent) * 1e3
+        self._lost.decode_ms += (now - began) * 1e3
 
 
 def is_fault(failure: ErrorInfo) -> bool:

@@ -74,10 +74,10 @@ async def routed_stream(
             if failure is None or context.is_stopped():
                 kind = "finished"
                 return
-            route.replace(failure)
-            if (last := progress.last_item()) is not None:
+            if (last := progress.last_item(time.perf_counter())) is not None:
                 yield last
                 return
+            route.replace(failure)
     finally:
         route.end(kind)
 
