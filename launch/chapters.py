@@ -43,8 +43,6 @@ CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter3": (ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
 }
 
-ROUTER_PAGE = ("chapter3",)  # whose frontend serves /router
-
 ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
 BACKENDS = {"chapter3": "simulated"}  # where the lesson takes more engines than a laptop can run
 

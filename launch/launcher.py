@@ -200,9 +200,7 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
     note = " (simulated: the words mean nothing)" if arguments.backend == "simulated" else ""
     say(f"ready in {time.perf_counter() - began:.1f} s{note}")
     if not arguments.ask:
-        print(f"Chat page: {running.url}/")
-        if arguments.chapter in ROUTER_PAGE:
-            print(f"Router page: {running.url}/router")
+        print(f"Chat page:  {running.url}/")
         print(f"OpenAI API: {running.url}/v1")
         for name, path in PAGES.get(arguments.chapter, {}).items():
             print(f"{name}: {running.url}{path}")
