@@ -146,6 +146,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 f"{args.namespace}.processor.process": process,
                 f"{args.namespace}.processor.info": info,
             },
+            draining=reporter.drain,
         )
 
 

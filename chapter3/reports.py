@@ -5,13 +5,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from common.protocol import to_wire
+from chapter3.router_client import ask_router
+from common.protocol import PipelineError, to_wire
 from common.protocol_routing import ReportKind, RequestReport, RequestReports
 from common.telemetry import log
 
-from dynamo.runtime import Client
-
-ROUTER_ANSWER_S = 3.0
+from dynamo.runtime import Client, Context
 
 
 class Reporter:
@@ -21,6 +20,21 @@ class Reporter:
         self._router = router
         self._waiting: list[RequestReport] = []
         self._arrived = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._attempts = 0  # under way
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """An attempt begins."""
+        self._attempts += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        """An attempt is over."""
+        self._attempts -= 1
+        if not self._attempts:
+            self._idle.set()
 
     def add(self, report: RequestReport) -> None:
         self._waiting.append(report)
@@ -34,17 +48,24 @@ class Reporter:
 
     async def send(self) -> None:
         """Send what waits."""
-        self._arrived.clear()
-        reports, self._waiting = self._waiting, []
-        if not reports or not self._router.instance_ids():
-            return  # with no router there is nobody to tell
-        try:
-            async with asyncio.timeout(ROUTER_ANSWER_S):
-                request = to_wire(RequestReports(reports))
-                async for _ in await self._router.round_robin(request, annotated=False):
-                    pass
-        except Exception as error:  # the runtime raises nothing more precise
-            log.warning("%d reports did not reach the router: %r", len(reports), error)
+        async with self._sending:
+            self._arrived.clear()
+            reports, self._waiting = self._waiting, []
+            if not reports or not self._router.instance_ids():
+                return  # with no router there is nobody to tell
+            try:
+                await ask_router(self._router, to_wire(RequestReports(reports)), dict, Context())
+            except PipelineError as error:
+                log.warning("%d reports did not reach the router: %s", len(reports), error)
+
+    async def drain(self) -> None:
+        """Wait for the attempts under way and tell how they ended.
+
+        To be called before the runtime shuts down: it calls nobody any more while the last
+        requests are finished.
+        """
+        await self._idle.wait()
+        await self.send()
 
 
 class Attempt:
@@ -54,6 +75,7 @@ class Attempt:
         self._reporter = reporter
         self._request_id = request_id
         self._instance = instance
+        self._reporter.begin()
         self._sent = time.monotonic()
         self._first_token: float | None = None
         self._tokens = 0
@@ -69,6 +91,7 @@ class Attempt:
         """It is over: `finished` or `failed`."""
         decoding = 0.0 if self._first_token is None else time.monotonic() - self._first_token
         self._report(kind, decoding * 1e3 / max(self._tokens - 1, 1))
+        self._reporter.end()
 
     def _report(self, kind: ReportKind, ms: float) -> None:
         self._reporter.add(RequestReport(self._request_id, self._instance, kind, ms, self._tokens))
@@ -84,4 +107,3 @@ async def reporting(router: Client) -> AsyncIterator[Reporter]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await reporter.send()

@@ -32,7 +32,7 @@ def scored(policy: Policy, snapshot: Snapshot) -> list[Scored]:
         if isinstance(scores, (Mapping, Set)):
             raise TypeError(f"a {type(scores).__name__} is no list of scores in workers' order")
         results = [_scored(score) for score in scores]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if place.filename == __file__ else f" ({place.filename}, line {place.lineno})"
         raise PolicyError(f"the policy failed: {error!r}{where}") from error

@@ -66,11 +66,32 @@ async def test_what_comes_while_a_batch_is_under_way_is_the_next_one() -> None:
     assert router.ids == [["r0"], [f"r{number}" for number in range(1, 1000)]]
 
 
-async def test_the_last_reports_are_sent_before_the_end() -> None:
+async def test_draining_waits_for_the_attempts_under_way_and_their_reports() -> None:
     router = FakeRouter()
     async with reporting(as_client(router)) as reporter:
-        reporter.add(first_token(0))
-    assert router.ids == [["r0"]]
+        await reporter.drain()  # nothing to wait for
+        attempts = [Attempt(reporter, f"r{number}", 7) for number in range(2)]
+        drained = asyncio.create_task(reporter.drain())
+        attempts[0].end("finished")
+        await eventually(lambda: router.batches)
+        assert not drained.done()
+        router.open.clear()
+        attempts[1].end("failed")
+        await eventually(lambda: router.asked == 2)
+        assert not drained.done()
+        router.open.set()
+        await drained
+        assert router.ids == [["r0"], ["r1"]]
+
+
+async def test_draining_gives_up_a_router_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapter3.reports, "ROUTER_ANSWER_S", 0.05)
+    router = FakeRouter()
+    router.open.clear()
+    async with reporting(as_client(router)) as reporter:
+        Attempt(reporter, "r0", 7).end("finished")
+        await reporter.drain()
+    assert not router.batches
 
 
 async def test_with_no_router_reports_are_dropped_and_later_ones_arrive() -> None:

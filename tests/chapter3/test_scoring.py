@@ -1,6 +1,7 @@
 """What a policy may return, what is refused, and who wins."""
 
 import math
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -98,6 +99,11 @@ def test_an_exception_is_told_with_its_place() -> None:
 
 def test_an_exception_of_a_generator_is_the_policys_fault() -> None:
     assert "ZeroDivisionError" in refused(1 / running for running in (1, 0))
+
+
+def test_a_policy_cannot_end_the_router() -> None:
+    with pytest.raises(PolicyError, match="SystemExit"):
+        scored(lambda _: sys.exit(1), TWO)
 
 
 def test_a_policy_cannot_change_what_it_sees() -> None:
