@@ -2,11 +2,13 @@
 
 POST /v1/chat/completions and /v1/completions (streamed as server-sent events or whole),
 GET /v1/models and /v1/models/{id}, /health (503 until the components behind it answer), /live,
-/metrics, and a chat page at /. Other components get the same chat as `frontend.chat_completions`.
+/metrics, a chat page at / and the router's page at /router. Other components get the same chat as
+`frontend.chat_completions`.
 """
 
 import argparse
 import asyncio
+import contextlib
 import importlib.resources
 import time
 import uuid
@@ -14,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from chapter3.processor_client import ask_processor, engine_info, migration_counter
+from chapter3.router_page import RouterPage
 from common.answer import Answer
 from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, listen
@@ -55,6 +58,7 @@ PAGE = importlib.resources.files("common").joinpath("static/index.html")
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
     processor = await runtime.endpoint(f"{args.namespace}.processor.process").client()
     processor_info = await runtime.endpoint(f"{args.namespace}.processor.info").client()
+    router_watch = await runtime.endpoint(f"{args.namespace}.router.watch").client()
     metrics = FrontendMetrics()
     migrations = migration_counter(metrics.registry)
 
@@ -88,20 +92,27 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         listener = listen(args.host, args.port)
     except OSError as error:
         raise ComponentError(f"cannot listen on {args.host}:{args.port}: {error}") from error
-    app = build_app(processor, processor_info, metrics, migrations, life, args)
-    async with http_server(app, listener) as server:
+    router_page = RouterPage(router_watch)
+    app = build_app(processor, processor_info, router_page, metrics, migrations, life, args)
+
+    async def drain() -> None:
+        await router_page.aclose()
+        await server.drain()
+
+    async with contextlib.aclosing(router_page), http_server(app, listener) as server:
         log.info("listening on %s", server.url)
         await life.serve(
             runtime,
             {f"{args.namespace}.frontend.chat_completions": chat_completions},
             ready=chain_answers,
-            draining=server.drain,
+            draining=drain,
         )
 
 
 def build_app(
     processor: Client,
     processor_info: Client,
+    router_page: RouterPage,
     metrics: FrontendMetrics,
     migrations: Counter,
     life: Lifecycle,
@@ -179,6 +190,7 @@ def build_app(
     async def page() -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html")
 
+    router_page.add_to(app)
     return with_request_id(app)
 
 

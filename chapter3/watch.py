@@ -110,10 +110,11 @@ class Watched:
             load=self.selector.active.load(worker.instance),
             now=now,
         )
+        state = self.selector.state(worker, [], now).state
         return WatchedWorker(
             instance=f"{worker.instance:x}",
             worker_id=view.worker_id,
-            state=self.selector.state(worker, [], now).state,
+            state=view.health if state == "ready" and view.health != "healthy" else state,
             chosen=self.log.chosen[worker.instance],
             tags=sorted(view.tags),
             running=view.running,
