@@ -12,6 +12,7 @@ from typing import Any
 from chapter3.migration import Progress, failure_in, is_fault
 from chapter3.reports import Attempt, Reporter
 from chapter3.router_client import NoRouterError, find_worker
+from chapter3.silence import Silence, SilentEngineError
 from common.dispatch import DIED, NOT_LISTED, dispatch
 from common.protocol import EngineOutput, PipelineError, from_wire, hop_error, to_wire
 from common.protocol_routing import ReportKind, RoutedProcessRequest, RouteOutput, RouteRequest
@@ -54,7 +55,8 @@ async def routed_stream(
             failure: Exception | None = None
             begun = False
             try:
-                async for item in dispatch(route.send, context, route.choose):
+                streams = dispatch(route.send, context, route.choose)
+                async for item in route.silence.watched(streams):
                     begun = True
                     output = from_wire(item, EngineOutput)
                     failure = failure_in(output, stopped=context.is_stopped()) or failure
@@ -68,7 +70,8 @@ async def routed_stream(
             except PipelineError:
                 raise
             except Exception as error:  # the runtime raises nothing more precise
-                if not begun or progress.finished:
+                silent = isinstance(error, SilentEngineError)
+                if progress.finished or not (begun or silent):
                     raise  # nothing has come from any engine: `dispatch` has tried what may help
                 failure = error
             if failure is None or context.is_stopped():
@@ -94,6 +97,7 @@ class _Route:
         context: Context,
     ) -> None:
         self.attempt: Attempt | None = None
+        self.silence = Silence(hops.engine.instance_ids)
         self._hops = hops
         self._request = request
         self._progress = progress
@@ -107,6 +111,7 @@ class _Route:
     def send(self) -> Awaitable[AsyncIterator[Any]]:
         engine, generate = self._hops.engine, to_wire(self._progress.request())
         self._progress.sent(time.perf_counter())
+        self.silence.expect(None if self._chosen is None else self._chosen.instance_id)
         if self._chosen is None:
             return engine.round_robin(generate, annotated=False, context=self._context)
         instance = self._chosen.instance_id
@@ -128,6 +133,7 @@ class _Route:
         if failure is not None and DIED in str(failure) and not self._progress.die():
             raise failure
         failure, before = failure or lost, self._chosen
+        self.silence.expect(None)
         self.end(_verdict(failure))
         try:
             self._chosen = await self._find(_gone(before, failure))

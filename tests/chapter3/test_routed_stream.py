@@ -1,9 +1,11 @@
 """The way to an engine when engines and routers fail; the runtime's clients are stand-ins."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from chapter3 import silence
 from chapter3.migration import Progress
 from chapter3.reports import Reporter
 from chapter3.routed_stream import Hops, routed_stream
@@ -138,7 +140,8 @@ class FakeRouter:
 
 
 class Reports(Reporter):
-    def __init__(self) -> None:
+    def __init__(self, router: Client) -> None:
+        super().__init__(router)
         self.all: list[RequestReport] = []
 
     def add(self, report: RequestReport) -> None:
@@ -160,7 +163,7 @@ class Run:
         self.engines = engines
         self.client = FakeEngines(engines)
         self.router = FakeRouter(self.client)
-        self.reports = Reports()
+        self.reports = Reports(cast(Client, self.router))
         self.context = FakeContext()
         params = SamplingParams(**{"max_tokens": 10, **sampling})
         self.request = RoutedProcessRequest(
@@ -367,6 +370,25 @@ async def test_a_failure_after_the_finish_reason_is_no_reason_to_go_on() -> None
     assert DIED in str(await run.fails())
     assert run.tokens == ENOUGH
     assert run.used == [1, 0]
+
+
+@pytest.mark.parametrize("lives", [0, 4])
+async def test_an_engine_that_just_stops(lives: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine lost its power: no stream ends, but the lease does."""
+    monkeypatch.setattr(silence, "SILENT_S", 0.05)
+    monkeypatch.setattr(silence, "CHECK_S", 0.01)
+
+    class Hung(FakeEngine):
+        async def stream(self, worker: int, wire: Any, context: FakeContext) -> AsyncIterator[Any]:
+            items = [item async for item in super().stream(worker, wire, context)]
+            for item in items[:lives]:
+                yield item
+            del run.client.engines[100 + worker]
+            await asyncio.Event().wait()
+
+    run = Run(Hung(), FakeEngine())
+    assert await run() == ENOUGH
+    assert [wanted.failed for wanted in run.router.asked] == [[], [100]]
 
 
 async def test_a_stream_that_just_ends() -> None:

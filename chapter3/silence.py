@@ -1,0 +1,77 @@
+"""Engines that went without a word: nobody closes the streams of a machine that lost its power.
+
+The runtime tells at once when a process dies. A stream from a machine that is gone, or from a
+process that hangs, just stops; it is given up when the engine's lease has expired as well.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing
+from typing import TypeVar
+
+# An engine that drains is not listed either, and is silent while it computes a prompt.
+SILENT_S = 10.0
+CHECK_S = 1.0
+
+T = TypeVar("T")
+
+
+class SilentEngineError(Exception):
+    """The engine is not listed any more and sends nothing."""
+
+
+class Silence:
+    """Watches the streams of one request; `listed` gives the instances that discovery knows."""
+
+    def __init__(self, listed: Callable[[], Collection[int]]) -> None:
+        self._listed = listed
+        self._loop = asyncio.get_running_loop()
+        self._engine: int | None = None
+        self._heard = 0.0
+        self._reader: asyncio.Task[object] | None = None
+        self._given_up = False
+
+    def expect(self, engine: int | None) -> None:
+        """From now on the items are this engine's; None: nobody's, or nobody's who can be named."""
+        self._engine = engine
+        self._heard = self._loop.time()
+
+    async def watched(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """The same items.
+
+        Raises:
+            SilentEngineError: the engine that is to send them is gone.
+        """
+        self._given_up = False
+        checking = asyncio.ensure_future(self._keep_checking())
+        try:
+            async with aclosing(stream):
+                while True:
+                    self._reader = reader = asyncio.current_task()
+                    try:
+                        item = await anext(stream)
+                    except StopAsyncIteration:
+                        return
+                    except asyncio.CancelledError:
+                        if not self._given_up or reader is None:
+                            raise
+                        reader.uncancel()
+                        message = f"it sent nothing for {SILENT_S:g} s and its lease has expired"
+                        raise SilentEngineError(f"Unavailable: {message}") from None
+                    finally:
+                        self._reader = None
+                    self._heard = self._loop.time()
+                    yield item
+        finally:
+            checking.cancel()
+
+    async def _keep_checking(self) -> None:
+        while not self._given_up:
+            await asyncio.sleep(CHECK_S)
+            listed = self._listed()
+            # With nobody listed it is discovery that is out of order.
+            gone = self._engine is not None and listed and self._engine not in listed
+            silent = self._loop.time() - self._heard >= SILENT_S
+            if gone and silent and self._reader is not None:
+                self._given_up = True
+                self._reader.cancel()
