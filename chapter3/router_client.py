@@ -1,17 +1,25 @@
 """The processor's questions to the router."""
 
 import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 from common.dispatch import dispatch
 from common.protocol import ErrorInfo, PipelineError, from_wire, hop_error, to_wire
 from common.protocol_routing import RouteOutput, RouteRequest
+from common.telemetry import request_log
 
 from dynamo.runtime import Client, Context
 
 T = TypeVar("T")
 
 ROUTER_ANSWER_S = 3.0  # the router itself waits up to 2 s for an engine
+AVOID_S = 10.0  # who did not answer is asked last for so long
+
+_turn = itertools.count()
+_avoid_until: dict[int, float] = {}  # by instance id, which all endpoints of a router share
 
 
 class NoRouterError(PipelineError):
@@ -28,30 +36,72 @@ async def find_worker(router: Client, request: RouteRequest, context: Context) -
     outputs = await ask_router(router, to_wire(request), RouteOutput, context)
     if not outputs:
         raise NoRouterError("unavailable", "The router gave no answer.")
-    if outputs[0].error is not None:
-        raise PipelineError.of(outputs[0].error)
-    return outputs[0]
+    if outputs[-1].error is not None:
+        raise PipelineError.of(outputs[-1].error)
+    return outputs[-1]
 
 
 async def ask_router(client: Client, request: Any, answer: type[T], context: Context) -> list[T]:
-    """The items that a router answers with.
+    """The items that a router answers with; if one gives no answer, another one is asked.
 
     Raises:
-        NoRouterError: no router is up, or it did not answer in time.
+        NoRouterError: no router is up, or none answered in time.
         PipelineError: the router failed.
     """
-    if not client.instance_ids():
-        message = "No router is up; start one, or the processor with --router-fallback."
-        raise NoRouterError("unavailable", message)
-    items = dispatch(lambda: client.round_robin(request, annotated=False, context=context), context)
-    try:
+    failure: PipelineError = NoRouterError(
+        "unavailable", "No router is up; start one, or the processor with --router-fallback."
+    )
+    for instance in in_turn(client.instance_ids(), time.monotonic()):
+        try:
+            # The time is for each item: a request that waits in the router is told so.
+            return await _items(_stream(client, instance, request, context), answer)
+        except TimeoutError:
+            _avoid_until[instance] = time.monotonic() + AVOID_S
+            message = f"The router did not answer within {ROUTER_ANSWER_S:.0f} s."
+            failure = NoRouterError("unavailable", message)
+        except Exception as error:
+            info = hop_error(error, "router")
+            if info.kind != "unavailable" or context.is_stopped():
+                raise router_error(info) from error
+            failure = NoRouterError.of(info)
+        if context.is_stopped():
+            break
+        request_log(context.id()).warning("asking another router, if there is one: %s", failure)
+    raise failure
+
+
+def in_turn(instances: Sequence[int], now: float) -> list[int]:
+    """The routers in the order in which to ask them: who hung a moment ago comes last."""
+    ids = sorted(instances)
+    start = next(_turn) % max(len(ids), 1)
+    ids = ids[start:] + ids[:start]
+    for instance in [known for known, until in _avoid_until.items() if until <= now]:
+        del _avoid_until[instance]
+    return sorted(ids, key=lambda instance: instance in _avoid_until)
+
+
+async def _stream(
+    client: Client, instance: int, request: Any, context: Context
+) -> AsyncIterator[Any]:
+    if len(client.instance_ids()) > 1:
+        async for item in await client.direct(request, instance, annotated=False, context=context):
+            yield item
+        return
+    # An only router may be about to be replaced by another one.
+    async for item in dispatch(
+        lambda: client.round_robin(request, annotated=False, context=context), context
+    ):
+        yield item
+
+
+async def _items(stream: AsyncIterator[Any], answer: type[T]) -> list[T]:
+    items: list[T] = []
+    while True:
         async with asyncio.timeout(ROUTER_ANSWER_S):
-            return [from_wire(item, answer) async for item in items]
-    except TimeoutError as error:
-        message = f"The router did not answer within {ROUTER_ANSWER_S:.0f} s."
-        raise NoRouterError("unavailable", message) from error
-    except Exception as error:
-        raise router_error(hop_error(error, "router")) from error
+            item = await anext(stream, None)
+        if item is None:
+            return items
+        items.append(from_wire(item, answer))
 
 
 def router_error(info: ErrorInfo) -> PipelineError:
