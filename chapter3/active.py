@@ -6,6 +6,7 @@ router knows each prompt, and the processors tell when its first token came and 
 
 import bisect
 import itertools
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,11 @@ from dataclasses import dataclass, field
 EXPIRE_S = 600.0
 ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
 MIN_MEASURED_TOKENS = 64  # what takes less is mostly overhead
-NEW_MEASUREMENT_SHARE = 0.2
+MEASURED_KEPT = 0.95  # of what was measured before, each time
+# Engines are alike, and only measured with noise, unless one is clearly faster or slower: small
+# differences would send every prompt that is cached nowhere to the same one.
+MEASURED_ENOUGH = 16  # prompts
+CLEAR_RATIO = 1.5
 
 
 @dataclass(slots=True)
@@ -38,9 +43,13 @@ class EngineLoad:
     decode_requests: int = 0
     own_blocks: int = 0
     prefill_tokens_per_s: float = ASSUMED_PREFILL_TOKENS_PER_S
+    measured_tokens_per_s: float = 0.0
+    measurements: int = 0
     _shared: Counter[int] = field(default_factory=Counter)
     _prefills: dict[str, ActiveRequest] = field(default_factory=dict)  # in the order of arrival
     _last_first_token: float = 0.0
+    _measured_tokens: float = 0.0
+    _measured_s: float = 0.0
 
     @property
     def active_blocks(self) -> int:
@@ -83,10 +92,11 @@ class EngineLoad:
         seconds = now - max(request.since, self._last_first_token)
         self._last_first_token = now
         if request.prefill_tokens >= MIN_MEASURED_TOKENS and seconds > 0:
-            measured = request.prefill_tokens / seconds
-            self.prefill_tokens_per_s += NEW_MEASUREMENT_SHARE * (
-                measured - self.prefill_tokens_per_s
-            )
+            # Sums, so that a long prompt weighs more than a short one, which says little.
+            self._measured_tokens = MEASURED_KEPT * self._measured_tokens + request.prefill_tokens
+            self._measured_s = MEASURED_KEPT * self._measured_s + seconds
+            self.measured_tokens_per_s = self._measured_tokens / self._measured_s
+            self.measurements += 1
 
     def remove(self, request: ActiveRequest) -> None:
         """Its prefill has ended."""
@@ -105,9 +115,12 @@ class ActiveRequests:
     def __init__(self) -> None:
         self.requests: dict[str, ActiveRequest] = {}  # in the order of arrival
         self._loads: dict[int, EngineLoad] = {}
+        self._usual_tokens_per_s = ASSUMED_PREFILL_TOKENS_PER_S
 
     def load(self, instance: int) -> EngineLoad:
-        return self._loads.setdefault(instance, EngineLoad())
+        return self._loads.setdefault(
+            instance, EngineLoad(prefill_tokens_per_s=self._usual_tokens_per_s)
+        )
 
     def add(
         self,
@@ -133,6 +146,7 @@ class ActiveRequests:
             load = self.load(request.instance)
             load.measure(request, now)
             load.end_prefill(request_id, request)
+            self._compare_speeds()
 
     def finish(self, request_id: str) -> None:
         """It has ended, well or not; unknown ones are ignored."""
@@ -150,6 +164,20 @@ class ActiveRequests:
         gone = [key for key, request in self.requests.items() if request.instance == instance]
         for request_id in gone:
             del self.requests[request_id]
+
+    def _compare_speeds(self) -> None:
+        """Take an engine's own speed where it is clearly not the others'."""
+        measured = [load for load in self._loads.values() if load.measurements]
+        if not measured:
+            return
+        usual = statistics.median(load.measured_tokens_per_s for load in measured)
+        self._usual_tokens_per_s = usual
+        for load in self._loads.values():
+            ratio = load.measured_tokens_per_s / usual
+            differs = load.measurements >= MEASURED_ENOUGH and not (
+                1 / CLEAR_RATIO < ratio < CLEAR_RATIO
+            )
+            load.prefill_tokens_per_s = load.measured_tokens_per_s if differs else usual
 
     def _expire(self, now: float) -> None:
         old = itertools.takewhile(

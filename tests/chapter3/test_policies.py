@@ -96,15 +96,20 @@ def test_a_request_without_a_session_goes_by_load() -> None:
     assert session_affinity.policy(at) == [{"load": -2.0}, {"load": -3.0}, {"load": -1.0}]
 
 
-def test_earliest_start_is_the_time_to_the_first_token() -> None:
+def test_earliest_start_is_the_delay_to_this_request_and_to_others() -> None:
     """160 tokens, of which 96 are cached at the second, at 100 tokens a second."""
     at = snapshot(
         view(0, prefill_s=0.5, prefill_tokens_per_s=100.0),
-        view(1, prefill_s=1.0, overlap_blocks=6, prefill_tokens_per_s=100.0),
+        view(1, prefill_s=1.0, overlap_blocks=6, prefill_tokens_per_s=100.0, running=4, waiting=1),
     )
-    assert [score.total for score in scored(earliest_start.policy, at)] == pytest.approx(
-        [-2.1, -1.64]
-    )
+    (first, second) = scored(earliest_start.policy, at)
+    assert first.terms == pytest.approx({"queue": -0.5, "prefill": -1.6, "others": -1.6})
+    assert second.terms == pytest.approx({"queue": -1.0, "prefill": -0.64, "others": -0.64 * 1.5})
+
+
+def test_a_long_prompt_keeps_out_of_the_way() -> None:
+    at = snapshot(view(0, running=2), view(1, running=1), view(2, running=3))
+    assert winner(earliest_start.policy, at) == 1
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -1,0 +1,266 @@
+"""An engine in virtual time: when prompts are computed, tokens come and blocks are evicted.
+
+Continuous batching with chunked prefill. A step decodes one token of every request that is past
+its prompt and computes up to `prefill_chunk` tokens of the prompts, first come first served:
+
+    step = decode_base_ms + decode_ms_per_request * (requests that decode)
+         + decode_ms_per_1k_kv_tokens * (their tokens / 1000)
+         + 1000 * (prompt tokens of the step) / prefill_tokens_per_s        milliseconds
+
+which is `common.engines.simulated`'s step and the time to read the KV cache. Between two events
+(a request comes, a prompt is computed, an answer ends) all steps are taken to be equally long,
+so that the time of the next event follows by division. A prompt takes one step at least.
+
+A full block is reusable when the prompt it belongs to is computed; blocks that no running request
+holds are evicted least recently used first, a prefix's end before its beginning. A request
+holds its blocks, those of its output included, from when it is admitted to its end, so that none
+has to be preempted.
+"""
+
+import heapq
+import itertools
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from benchmarks.trace import BLOCK_SIZE, TraceRequest
+from common.protocol import EngineMetrics
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`cache_blocks` of 512 tokens; rates are about those of a 70B model on four H100s."""
+
+    cache_blocks: int = 2000
+    prefill_tokens_per_s: float = 4000.0
+    prefill_chunk: int = 2048
+    decode_base_ms: float = 15.0
+    decode_ms_per_request: float = 0.2
+    decode_ms_per_1k_kv_tokens: float = 0.02
+    max_running: int = 256
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A request in an engine; times in seconds, `left` in prompt tokens to compute."""
+
+    id: str
+    request: TraceRequest
+    arrived: float
+    cached_tokens: int = 0
+    held: list[int] = field(default_factory=list)  # its blocks that are cached, from the start
+    own_blocks: int = 0  # its other blocks
+    left: float = 0.0
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+class Listener(Protocol):
+    """Who hears what an engine does, at its virtual time."""
+
+    def first_token(self, running: Running, now: float) -> None: ...
+
+    def finished(self, running: Running, now: float) -> None: ...
+
+    def stored(self, instance: int, request: TraceRequest, first: int) -> None:
+        """The request's full blocks from number `first` on are newly cached."""
+        ...
+
+    def removed(self, instance: int, blocks: list[int]) -> None: ...
+
+
+class BlockCache:
+    """Which blocks are cached: held by running requests, or evictable."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.own = 0  # blocks that are held, but cached for nobody else
+        self._held: dict[int, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def used(self) -> int:
+        return len(self._held) + self.own
+
+    def match(self, blocks: list[int]) -> int:
+        """How many of the first blocks are cached."""
+        for count, block in enumerate(blocks):
+            if block not in self._held and block not in self._evictable:
+                return count
+        return len(blocks)
+
+    def has_room(self, matched: list[int], own: int) -> bool:
+        """Whether `own` more blocks fit while those that matched are held."""
+        newly_held = sum(1 for block in matched if block not in self._held)
+        return self.used + newly_held + own <= self.blocks
+
+    def hold(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._evictable.pop(block, None)
+            self._held[block] = self._held.get(block, 0) + 1
+
+    def release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):  # so that a prefix's end is evicted first
+            self._held[block] -= 1
+            if not self._held[block]:
+                del self._held[block]
+                self._evictable[block] = None
+
+    def evict(self) -> list[int]:
+        """Make room for what is held; the blocks that were evicted."""
+        over = self.used + len(self._evictable) - self.blocks
+        return [self._evictable.popitem(last=False)[0] for _ in range(over)]
+
+
+class TraceEngine:
+    """One engine; `advance` brings it to a later time."""
+
+    def __init__(self, instance: int, settings: EngineSettings, listener: Listener) -> None:
+        self.instance = instance
+        self.settings = settings
+        self.now = 0.0
+        self.busy_s = 0.0
+        self.prefilled_tokens = 0.0
+        self.cache = BlockCache(settings.cache_blocks)
+        self._listener = listener
+        self._waiting: deque[Running] = deque()
+        self._prefills: deque[Running] = deque()
+        self._decodes: list[tuple[float, int, Running]] = []  # a heap, by their last step
+        self._numbers = itertools.count()
+        self._steps = 0.0  # that were taken since the start
+        self._kv_tokens = 0
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        return EngineMetrics(
+            running=len(self._prefills) + len(self._decodes),
+            waiting=len(self._waiting),
+            used_blocks=self.cache.used,
+            total_blocks=self.cache.blocks,
+        )
+
+    def submit(self, running: Running) -> None:
+        """A request arrives now."""
+        self._waiting.append(running)
+        self._admit()
+
+    def next_event(self) -> float:
+        """When something will happen if nothing comes; infinity if the engine is idle."""
+        seconds = float("inf")
+        if self._prefills:
+            seconds = self._prefill_seconds()
+        if self._decodes:
+            decode = (self._decodes[0][0] - self._steps) * self._step_seconds()
+            seconds = min(seconds, decode)
+        return self.now + max(seconds, 0.0)
+
+    def advance(self, to: float) -> None:
+        """Let time pass up to `to`, at most the next event; then let that happen."""
+        seconds = to - self.now
+        if seconds > 0 and (self._prefills or self._decodes):
+            self.busy_s += seconds
+            self._steps += seconds / self._step_seconds()
+            if self._prefills:
+                self._prefills[0].left -= seconds / self._prefill_seconds_per_token()
+        self.now = to
+
+    def happen(self) -> None:
+        """Do what is due now."""
+        tiny = 1e-6
+        if self._prefills and self._prefills[0].left <= tiny:
+            self._end_prefill(self._prefills.popleft())
+        while self._decodes and self._decodes[0][0] <= self._steps + tiny:
+            self._finish(heapq.heappop(self._decodes)[2])
+        self._admit()
+
+    def _decode_seconds(self) -> float:
+        settings = self.settings
+        milliseconds = (
+            settings.decode_base_ms
+            + settings.decode_ms_per_request * len(self._decodes)
+            + settings.decode_ms_per_1k_kv_tokens * self._kv_tokens / 1e3
+        )
+        return milliseconds / 1e3
+
+    def _step_seconds(self) -> float:
+        seconds = self._decode_seconds()
+        if self._prefills:
+            seconds += self.settings.prefill_chunk / self.settings.prefill_tokens_per_s
+        return seconds
+
+    def _prefill_seconds_per_token(self) -> float:
+        return self._step_seconds() / self.settings.prefill_chunk
+
+    def _prefill_seconds(self) -> float:
+        return self._prefills[0].left * self._prefill_seconds_per_token()
+
+    def _admit(self) -> None:
+        settings, cache = self.settings, self.cache
+        while self._waiting and len(self._prefills) + len(self._decodes) < settings.max_running:
+            running = self._waiting[0]
+            request = running.request
+            blocks = request.full_blocks
+            matched = blocks[: cache.match(blocks)]
+            total = -(-(request.input_length + request.output_length) // BLOCK_SIZE)
+            alone = not self._prefills and not self._decodes
+            if not cache.has_room(matched, total - len(matched)) and not alone:
+                break
+            self._waiting.popleft()
+            cache.hold(matched)
+            running.held = matched
+            running.own_blocks = total - len(matched)
+            cache.own += running.own_blocks
+            self._evict()
+            self._prefills.append(running)
+            if len(self._prefills) == 1:
+                self._start_prefill(running)
+
+    def _start_prefill(self, running: Running) -> None:
+        """What the prompts before it have computed since it was admitted is reused, too."""
+        request, cache = running.request, self.cache
+        blocks = request.full_blocks
+        more = blocks[len(running.held) : cache.match(blocks)]
+        cache.hold(more)
+        running.held = running.held + more
+        running.own_blocks -= len(more)
+        cache.own -= len(more)
+        # The last token is computed in any case: the first one of the answer follows from it.
+        running.cached_tokens = min(len(running.held) * BLOCK_SIZE, request.input_length - 1)
+        running.started = self.now
+        new = request.input_length - running.cached_tokens
+        self.prefilled_tokens += new
+        one_step = self._decode_seconds() / self._prefill_seconds_per_token()
+        running.left = new + one_step
+
+    def _end_prefill(self, running: Running) -> None:
+        request, cache = running.request, self.cache
+        blocks = request.full_blocks
+        first = cache.match(blocks)
+        new = blocks[len(running.held) :]
+        cache.hold(new)
+        running.held = blocks
+        running.own_blocks -= len(new)
+        cache.own -= len(new)
+        if first < len(blocks):
+            self._listener.stored(self.instance, request, first)
+        running.first_token = self.now
+        self._kv_tokens += request.input_length
+        last = self._steps + request.output_length - 1
+        heapq.heappush(self._decodes, (last, next(self._numbers), running))
+        self._listener.first_token(running, self.now)
+        if self._prefills:
+            self._start_prefill(self._prefills[0])
+
+    def _finish(self, running: Running) -> None:
+        running.finished = self.now
+        self._kv_tokens -= running.request.input_length
+        self.cache.own -= running.own_blocks
+        self.cache.release(running.held)
+        self._evict()
+        self._listener.finished(running, self.now)
+
+    def _evict(self) -> None:
+        evicted = self.cache.evict()
+        if evicted:
+            self._listener.removed(self.instance, evicted)
