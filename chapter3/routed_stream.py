@@ -162,9 +162,8 @@ class _Route:
     async def _find(self, failed: list[int]) -> RouteOutput:
         """The router's choice among the engines that our client lists."""
         hints, made = self._request.hints, len(self._progress.tokens)
-        if made:  # the deadline is the first token's
-            expected = hints.output_tokens and max(hints.output_tokens - made, 1)
-            hints = replace(hints, deadline_ms=None, output_tokens=expected)
+        if made and hints.output_tokens is not None:
+            hints = replace(hints, output_tokens=max(hints.output_tokens - made, 1))
         while True:
             wanted = RouteRequest(
                 self._progress.request().token_ids,
@@ -175,6 +174,7 @@ class _Route:
                 hints=hints,
                 max_tokens=self._request.sampling.max_tokens and self._progress.tokens_left(),
                 waited_ms=(time.perf_counter() - self._started) * 1e3,
+                admitted=made > 0 or bool(self._tried),
             )
             found = await find_worker(self._hops.router, wanted, self._context)
             self.attempt = Attempt(self._hops.reporter, wanted.request_id, found.instance_id)

@@ -254,14 +254,14 @@ async def test_the_router_learns_who_failed_and_each_attempt_has_a_name() -> Non
     ]
 
 
-async def test_hints_of_an_answer_in_the_midst() -> None:
-    """Its deadline was the first token's, and less output is to come."""
+async def test_an_answer_in_the_midst_waits_no_more_and_has_less_to_come() -> None:
     hints = RoutingHints(priority=2, tenant="a", deadline_ms=50.0, output_tokens=12)
     run = Run(FakeEngine(4), FakeEngine(), hints=hints)
     assert await run() == ENOUGH
     first, second = (wanted.hints for wanted in run.router.asked)
     assert first == hints
-    assert second == RoutingHints(priority=2, tenant="a", deadline_ms=None, output_tokens=8)
+    assert second == RoutingHints(priority=2, tenant="a", deadline_ms=50.0, output_tokens=8)
+    assert [wanted.admitted for wanted in run.router.asked] == [False, True]
 
 
 @pytest.mark.parametrize("lives", [0, 1, 5])
