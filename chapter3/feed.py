@@ -48,7 +48,6 @@ class Feed:
     ) -> None:
         self.selector = selector
         self._engines, self._sources, self._snapshots = engines, sources, snapshots
-        self._synced = asyncio.Event()
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
@@ -65,11 +64,6 @@ class Feed:
                 log.info("engine instance %x left", instance)
                 await self._stop(instance)
             await asyncio.sleep(DISCOVERY_CHECK_S)
-
-    async def engine_synced(self) -> None:
-        """Return when one more engine may be chosen."""
-        self._synced.clear()
-        await self._synced.wait()
 
     async def close(self) -> None:
         for instance in list(self._tasks):
@@ -119,6 +113,7 @@ class Feed:
         while True:
             _, _, payload = await socket.recv_multipart()
             worker.hear(_decode_metrics(payload).metrics, time.monotonic())
+            self.selector.changed()
 
     async def _follow_events(self, worker: Worker, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -163,7 +158,7 @@ class Feed:
             if worker.failures == failures:
                 break  # else the snapshot is older than the failure, and no sign of life
         worker.synced, worker.failed, worker.heard = True, False, time.monotonic()
-        self._synced.set()
+        self.selector.changed()
         log.info("worker %d: %d blocks cached", worker.source.info.worker_id,
                  index.block_count(worker.instance))  # fmt: skip
         return parts[0].seq

@@ -8,12 +8,15 @@ engines; `router.watch`, a few updates a second for the page /router.
 """
 
 import argparse
-import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
+from chapter3.admission_arguments import add_admission_arguments, queue_settings
+from chapter3.admission_gate import admitting, decision_of
+from chapter3.admission_metrics import serving_metrics
 from chapter3.canary import add_health_arguments, watching_health
 from chapter3.decision import PolicyInUse, output, policy_state
 from chapter3.feed import following
@@ -35,8 +38,6 @@ from common.worker import Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
-ENGINE_WAIT_S = 2.0
-
 
 @dynamo_worker()
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
@@ -54,33 +55,26 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             for instance in wanted.failed:
                 selector.health.failed(instance, wanted.request_id, time.monotonic())
                 selector.fail(instance)
-            found = await select(wanted)
+            ticket = gate.offer(wanted)
+            async with aclosing(gate.wait(ticket, context)) as waiting:
+                async for _ in waiting:
+                    yield {}  # who asks learns that we are alive
+            decision = decision_of(ticket)
+            queued_ms = ticket.waited_s * 1e3
+            watched.add(wanted.request_id, decision, queued_ms)
+            found = output(decision, queued_ms=queued_ms)
+            if context.is_stopped():
+                selector.active.finish(wanted.request_id)  # it will never be sent
         except PipelineError as error:
             found = RouteOutput(error=error.info)
         request_log(context.id()).debug("worker %d: %s", found.worker_id, found.reason)
         yield to_wire(found)
 
-    async def select(wanted: RouteRequest) -> RouteOutput:
-        excluded = {*wanted.excluded, *wanted.failed}
-        none: PipelineError
-        try:
-            # A router that has just started knows its engines in a moment.
-            async with asyncio.timeout(ENGINE_WAIT_S):
-                while True:
-                    try:
-                        decision = selector.select(wanted, time.monotonic(), excluded)
-                        watched.add(wanted.request_id, decision)
-                        return output(decision)
-                    except PipelineError as error:
-                        none = error
-                    await feed.engine_synced()
-        except TimeoutError:
-            raise none from None
-
     async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         for known in from_wire(request, RequestReports).reports:
             watched.log.report(known)
             selector.report(known, time.monotonic())
+        gate.changed()
         yield {}
 
     async def policy(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -99,9 +93,12 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     # Clients come first: endpoints that are made while another task uses one may block for ever.
     engines = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
     async with (
+        admitting(selector, queue_settings(args)) as gate,
+        serving_metrics(gate.metrics, args.metrics_host, args.metrics_port),
         following(runtime, args.namespace, selector) as feed,
         watching_health(engines, selector, feed.failed),
     ):
+        watched.queue = gate.watched
         await life.serve(
             runtime,
             {
@@ -158,6 +155,7 @@ def parse_args() -> argparse.Namespace:
         default=os.environ.get("ROUTER_SHADOW") or None,
         help="a second policy that scores every decision, but routes nothing (env ROUTER_SHADOW)",
     )
+    add_admission_arguments(parser)
     add_health_arguments(parser)
     return parser.parse_args()
 

@@ -33,6 +33,7 @@ class Selector:
     health: FleetHealth = field(default_factory=FleetHealth)
     rng: random.Random = field(default_factory=random.Random)
     mean_output_tokens: float = 128.0
+    changed: Callable[[], None] = lambda: None  # called when an engine may have room again
     _turn: int = 0
 
     def select(self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()) -> Decision:
@@ -106,6 +107,7 @@ class Selector:
             self.workers[instance].forget()
             self.index.remove(instance)
             self.active.remove_instance(instance)
+            self.changed()
 
     def remove(self, instance: int) -> None:
         """The engine has left."""
@@ -113,6 +115,7 @@ class Selector:
         self.health.remove(instance)
         self.index.remove(instance)
         self.active.remove_instance(instance)
+        self.changed()
 
     def state(self, worker: Worker, block_hashes: list[int], now: float) -> RoutedWorkerState:
         """What is known of an engine."""

@@ -4,8 +4,9 @@ However many decisions are made, an update shows a few of them and their outcome
 """
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from chapter3.decision import Decision, policy_state
@@ -20,12 +21,15 @@ from common.protocol_watch import (
     WatchedCandidate,
     WatchedDecision,
     WatchedOutcome,
+    WatchedPrefix,
+    WatchedQueue,
     WatchedWorker,
 )
 
 from dynamo.runtime import Context
 
 INTERVAL_S = 0.25
+PREFIXES_INTERVAL_S = 1.0
 DECISIONS_AT_ONCE = 6
 FIRST_DECISIONS = 20  # what a new watcher sees of the time before
 FOLLOWED = 200  # decisions whose outcomes a watcher is told
@@ -39,7 +43,10 @@ class Watched:
         self.selector = selector
         self.log = DecisionLog()
         self.router = 0
+        self.queue: Callable[[], WatchedQueue] = WatchedQueue
         self._prefixes = HotPrefixes()
+        self._hottest: list[WatchedPrefix] = []
+        self._hottest_at = -math.inf
         self._watchers = 0
         self._closed = asyncio.Event()
 
@@ -82,10 +89,13 @@ class Watched:
         selector, log = self.selector, self.log
         for gone in log.chosen.keys() - selector.workers.keys():
             del log.chosen[gone]
-        self._prefixes.count(log.recent, now)
-        worker_ids = {
-            worker.instance: worker.source.info.worker_id for worker in selector.workers.values()
-        }
+        if now - self._hottest_at >= PREFIXES_INTERVAL_S:
+            self._hottest_at = now
+            self._prefixes.count(log.recent, now)
+            worker_ids = {
+                key: known.source.info.worker_id for key, known in selector.workers.items()
+            }
+            self._hottest = self._prefixes.hottest(selector.index, worker_ids)
         return RouterUpdate(
             router=self._name(),
             at_s=now,
@@ -95,7 +105,8 @@ class Watched:
                 (self._worker(worker, now) for worker in selector.workers.values()),
                 key=lambda worker: (worker.worker_id, worker.instance),
             ),
-            prefixes=self._prefixes.hottest(selector.index, worker_ids),
+            prefixes=self._hottest,
+            queue=self.queue(),
         )
 
     def _name(self) -> str:
