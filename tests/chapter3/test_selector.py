@@ -9,7 +9,6 @@ from chapter3.selector import Selector
 from chapter3.snapshot import Snapshot
 from common.kv import BlockRemoved, block_hashes
 from common.protocol import PipelineError
-from common.protocol_router import WorkerState
 from tests.chapter3.fleet import (
     FIRST,
     MODEL,
@@ -307,13 +306,14 @@ def test_the_state_is_what_the_router_believes() -> None:
     selector = fleet("kv", engines=1)
     known = selector.workers[FIRST]
     selector.index.apply(FIRST, [stored([*A, *B])])
-    expected = WorkerState(FIRST, 0, MODEL, "ready", 2, load())
-    assert selector.state(known, [], 0.0) == expected
-    expected.block_hashes = block_hashes([*A, *B], 4)
-    assert selector.state(known, selector.index.blocks()[FIRST], 0.0) == expected
+    state = selector.state(known, selector.index.blocks()[FIRST], 0.0)
+    assert (state.instance_id, state.worker_id, state.model) == (FIRST, 0, MODEL)
+    assert (state.state, state.blocks, state.metrics) == ("ready", 2, load())
+    assert state.block_hashes == block_hashes([*A, *B], 4)
     assert selector.state(known, [], 3.1).state == "silent"
     selector.fail(FIRST)
-    assert selector.state(known, [], 3.1) == WorkerState(FIRST, 0, MODEL, "failed", 0)
+    state = selector.state(known, [], 3.1)
+    assert (state.state, state.blocks, state.metrics) == ("failed", 0, None)
     known.synced, known.failed = False, False
     assert selector.state(known, [], 3.1).state == "starting"
 
