@@ -133,6 +133,18 @@ def test_a_queue_of_prompts_is_measured_one_by_one() -> None:
     assert active.load(ONE).prefill_tokens_per_s == pytest.approx(2000, rel=0.05)
 
 
+def test_first_tokens_that_are_told_together_are_measured_together() -> None:
+    """Eight prompts of 500 tokens are computed in half a second, as one batch or nearly so."""
+    active = ActiveRequests()
+    for batch in range(10):
+        names = [f"r{batch}/{number}" for number in range(8)]
+        for name in names:
+            add(active, name, tokens=500, now=0.5 * batch)
+        for number, name in enumerate(names):
+            active.first_token(name, 0.5 * (batch + 1) + number * 1e-6)
+    assert 5000 < active.load(ONE).prefill_tokens_per_s < 12000
+
+
 def test_the_time_that_prefill_will_take_passes() -> None:
     active = ActiveRequests()
     load = active.load(ONE)

@@ -1,5 +1,7 @@
 """Routers and engines come, go and die under load: nobody notices, and no account stays open."""
 
+import asyncio
+import random
 import time
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from tests.chapter1.helpers import (
 from tests.chapter3.conftest import RouterOf
 from tests.chapter3.helpers import Router, ask, prompt
 from tests.conftest import StartPipeline
+
+import httpx
+import pytest
 
 # What the router takes for under way decides, so that a test can read it from the scores.
 COUNTS = """
@@ -161,6 +166,29 @@ async def test_a_processor_that_is_restarted_under_load_leaves_no_account_open(
         assert not work.failures
         await eventually(lambda: nothing_under_way(router))
         assert time.monotonic() - began < 60, "not because the requests expired"
+
+
+async def test_clients_that_leave_at_any_moment_leave_no_account_open(
+    start_pipeline: StartPipeline, router_of: RouterOf, tmp_path: Path
+) -> None:
+    """While the router is asked, while they wait, before the first token and after it."""
+    slow = engine_settings(decode_base_ms=20, prefill_tokens_per_s=1000, prefill_chunk=64)
+    arguments = {"engine": slow, "router": counting(tmp_path)}
+    async with (
+        start_pipeline(chapter="chapter3", engines=2, arguments=arguments) as running,
+        http_client(running.url) as client,
+    ):
+        router = router_of(running)
+        await router.wait_ready()
+        rng = random.Random(0)
+
+        async def leave(number: int) -> None:
+            body = chat(prompt(f"{number}", words=200), max_tokens=100)
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(CHAT, json=body, timeout=httpx.Timeout(30, read=rng.random()))
+
+        await asyncio.gather(*map(leave, range(60)))
+        await eventually(lambda: nothing_under_way(router))
 
 
 async def nothing_under_way(router: Router) -> bool:
