@@ -16,6 +16,9 @@ from common.protocol import (
 )
 
 DEFAULT_MIGRATION_LIMIT = 3
+# So many engines may die over the same token of an answer before the next one is not risked. One
+# may be chance, and two: those that went on with it may have shared an engine with the killer.
+SURVIVED_DEATHS = 2
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Progress:
     worker_id: int | None = None
     _losses: int = 0
     _died_at: int | None = None  # how many tokens there were when an engine last died
+    _deaths: int = 0  # there
     _resuming: bool = False
     _sent: float = 0.0
     _first_token: float | None = None  # of the engine that is at work
@@ -81,8 +85,8 @@ class Progress:
     def lose(self, failure: ErrorInfo, now: float, *, died: bool) -> bool:
         """The engine is lost, or cannot take the request; whether another one is to go on.
 
-        That an engine `died` over the same token as another one before it is taken for the
-        request's doing: it is not to take the rest of the engines with it.
+        That engine after engine `died` over the same token is taken for the request's doing: it is
+        not to take the rest of them with it.
         """
         refused = failure.kind == "overloaded" and self.tokens
         if self.finished or not (is_fault(failure) or refused):
@@ -97,10 +101,11 @@ class Progress:
         return True
 
     def die(self) -> bool:
-        """An engine died at work on this; False if another one had died here before."""
-        same = self._died_at == len(self.tokens)
-        self._died_at = len(self.tokens)
-        return not same
+        """An engine died at work on this; False if that is not to be survived."""
+        if self._died_at != len(self.tokens):
+            self._died_at, self._deaths = len(self.tokens), 0
+        self._deaths += 1
+        return self._deaths <= (SURVIVED_DEATHS if self.tokens else 1)
 
     def last_item(self, now: float) -> EngineOutput | None:
         """The answer's end, if the engine was lost between the last token and the finish reason."""

@@ -80,7 +80,7 @@ async def routed_stream(
             if (last := progress.last_item(time.perf_counter())) is not None:
                 yield last
                 return
-            route.replace(failure)
+            route.lose(failure)
     finally:
         route.end(kind)
 
@@ -117,7 +117,7 @@ class _Route:
         instance = self._chosen.instance_id
         return engine.direct(generate, instance, annotated=False, context=self._context)
 
-    def replace(self, failure: Exception) -> None:
+    def lose(self, failure: Exception) -> None:
         """Have another engine go on; raises the failure if that is not to be."""
         in_band = isinstance(failure, PipelineError)
         info = failure.info if isinstance(failure, PipelineError) else hop_error(failure, "engine")
@@ -129,9 +129,12 @@ class _Route:
 
     async def choose(self, failure: Exception | None) -> None:
         """Ask the router for an engine; `failure` is that of the one before."""
+        if failure is not None and DIED in str(failure):
+            if self._progress.tokens:
+                self.lose(failure)
+            else:
+                self._progress.die()  # how often that is survived, `dispatch` says
         lost, self._failure = self._failure, None
-        if failure is not None and DIED in str(failure) and not self._progress.die():
-            raise failure
         failure, before = failure or lost, self._chosen
         self.silence.expect(None)
         self.end(_verdict(failure))

@@ -69,16 +69,26 @@ def test_the_limit(limit: int) -> None:
     assert not survives(answer)
 
 
-def test_a_request_that_kills_two_engines_at_one_token_gets_no_third() -> None:
-    answer = progress()
+def test_a_request_that_kills_three_engines_at_one_token_gets_no_fourth() -> None:
+    answer = progress(limit=9)
     got(answer, 4)
+    assert survives(answer)
     assert survives(answer)
     assert not survives(answer)
 
-    answer = progress()
-    got(answer, 4)
+
+def test_deaths_with_progress_between_them_are_chance() -> None:
+    answer = progress(limit=9)
+    for token in range(3):
+        got(answer, token)
+        assert survives(answer)
+        assert survives(answer)
+
+
+def test_before_the_first_token_the_second_death_is_the_last() -> None:
+    answer = progress(limit=9)
     assert survives(answer)
-    assert not answer.die(), "also one that dies before it sends anything"
+    assert not survives(answer)
 
 
 def test_engines_that_leave_or_refuse_are_not_killed_by_the_request() -> None:
@@ -87,6 +97,7 @@ def test_engines_that_leave_or_refuse_are_not_killed_by_the_request() -> None:
     assert survives(answer, ErrorInfo("unavailable", "shut down"), died=False)
     assert survives(answer, ErrorInfo("overloaded", "full"), died=False)
     assert survives(answer)
+    assert answer.die(), "the second death"
     assert not survives(answer, ErrorInfo("overloaded", "full"), died=False), "the limit"
 
 

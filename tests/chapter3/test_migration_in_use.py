@@ -200,3 +200,32 @@ async def test_no_token_is_lost_or_doubled_whatever_dies(
                 await running.processes[name].wait_ready()
             stopping = True
         assert await migrations(client) > 0
+
+
+async def test_an_answer_of_a_real_model_goes_on(
+    start_pipeline: StartPipeline, router_of: RouterOf
+) -> None:
+    """Alone on its engine, so that batches of other shapes do not change the arithmetic."""
+    body = {
+        **chat("Name some colours, one per line.", max_tokens=60),
+        "seed": 5,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "frequency_penalty": 0.5,
+        **USAGE,
+    }
+    settings = {"router": ["--policy=round_robin"]}
+    async with (
+        start_pipeline(
+            chapter="chapter3", engines=2, backend="llamacpp", arguments=settings
+        ) as running,
+        http_client(running.url, timeout=60) as client,
+    ):  # fmt: skip
+        await router_of(running).wait_ready(2)
+        expected = await unbroken(client, [body])
+        async with streams(client, [body]) as answers:
+            lines = lines_about(running.processes["processor"], answers[0].request_id)
+            (worker,) = [match[1] for line in lines if (match := re.search(r" worker (\d):", line))]
+            running.processes[f"engine{worker}"].kill()
+            assert await outcomes(answers) == expected
+        assert moves(running) == [(int(worker), 1 - int(worker))]

@@ -264,14 +264,21 @@ async def test_an_answer_in_the_midst_waits_no_more_and_has_less_to_come() -> No
     assert [wanted.admitted for wanted in run.router.asked] == [False, True]
 
 
-@pytest.mark.parametrize("lives", [0, 1, 5])
-async def test_a_request_that_kills_takes_two_engines(lives: int) -> None:
+@pytest.mark.parametrize(("lives", "used"), [(0, 2), (1, 3), (5, 3)])
+async def test_a_request_that_kills_does_not_take_all_engines(lives: int, used: int) -> None:
     """Each dies over the same token of the answer, however far the first one came."""
-    engines = [FakeEngine(lives), *(FakeEngine(0) for _ in range(5))]
-    run = Run(*engines)
+    run = Run(FakeEngine(lives), *(FakeEngine(0) for _ in range(5)), limit=9)
     assert DIED in str(await run.fails())
-    assert run.used == [1, 1, 0, 0, 0, 0]
-    assert [kind for _, _, kind in run.kinds].count("failed") == 2
+    assert run.used == [1] * used + [0] * (6 - used)
+    assert [kind for _, _, kind in run.kinds].count("failed") == used
+
+
+async def test_engines_that_die_before_they_send_anything_count_for_the_limit() -> None:
+    run = Run(FakeEngine(4), FakeEngine(0), FakeEngine(), limit=1)
+    assert DIED in str(await run.fails())
+    run = Run(FakeEngine(4), FakeEngine(0), FakeEngine(), limit=2)
+    assert await run() == ENOUGH
+    assert run.progress.migrations == 1
 
 
 async def test_also_one_whose_engines_say_that_they_failed() -> None:
