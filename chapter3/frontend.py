@@ -15,6 +15,14 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from chapter3.hints import (
+    RoutedChatRequest,
+    RoutedCompletionRequest,
+    hinted_request_docs,
+    parse_chat,
+    parse_completion,
+    routing_hints,
+)
 from chapter3.processor_client import ask_processor, engine_info, migration_counter
 from chapter3.router_page import RouterPage
 from common.answer import Answer
@@ -28,15 +36,10 @@ from common.openai import (
     COMPLETION_RESPONSES,
     MODEL_LIST_RESPONSES,
     MODEL_RESPONSES,
-    ChatCompletionRequest,
     ChatStream,
-    CompletionRequest,
     error_response,
     model_document,
     model_list,
-    parse_chat,
-    parse_completion,
-    request_body_docs,
 )
 from common.protocol import PipelineError, to_wire
 from common.telemetry import log, request_log
@@ -70,7 +73,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 body = {**request, "stream": True} if isinstance(request, dict) else request
                 chat = parse_chat(msgspec.json.encode(body))
                 events = ChatStream(context.id() or uuid.uuid4().hex, chat)
-                outputs = ask_processor(processor, chat, context, migrations)
+                hints = routing_hints(chat)
+                outputs = ask_processor(processor, chat, hints, context, migrations)
                 async for output in measured.observed(outputs):
                     for event in events.chunk(output).split(b"\n\n"):
                         if event not in (b"", b"data: [DONE]"):
@@ -125,7 +129,7 @@ def build_app(
     started = int(time.time())
 
     async def answer(
-        http: Request, parse: Callable[[bytes], ChatCompletionRequest | CompletionRequest]
+        http: Request, parse: Callable[[bytes], RoutedChatRequest | RoutedCompletionRequest]
     ) -> Response:
         endpoint = http.url.path.removeprefix("/v1/")
         request_id: str = http.state.request_id
@@ -135,8 +139,9 @@ def build_app(
             request = parse(await read_body(http, args.max_body_bytes, args.body_timeout))
             user = f" for user {request.user}" if request.user else ""
             request_log(request_id).debug("%s, stream=%s%s", endpoint, bool(request.stream), user)
+            hints = routing_hints(request, http.headers)
             context = Context(request_id)
-            outputs = ask_processor(processor, request, context, migrations)
+            outputs = ask_processor(processor, request, hints, context, migrations)
             return Answer(request, request_id, outputs, context, measured)  # it ends `measured`
         except BaseException as error:
             measured.end(*outcome(error))
@@ -144,7 +149,7 @@ def build_app(
 
     @app.post(
         "/v1/chat/completions",
-        openapi_extra=request_body_docs(ChatCompletionRequest),
+        openapi_extra=hinted_request_docs(RoutedChatRequest),
         responses=CHAT_RESPONSES,
     )
     async def chat(http: Request) -> Response:
@@ -152,7 +157,7 @@ def build_app(
 
     @app.post(
         "/v1/completions",
-        openapi_extra=request_body_docs(CompletionRequest),
+        openapi_extra=hinted_request_docs(RoutedCompletionRequest),
         responses=COMPLETION_RESPONSES,
     )
     async def completion(http: Request) -> Response:

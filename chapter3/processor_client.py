@@ -18,6 +18,7 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
+from common.protocol_routing import RoutingHints
 
 from dynamo.runtime import Client, Context
 from prometheus_client import CollectorRegistry, Counter
@@ -39,6 +40,7 @@ def migration_counter(registry: CollectorRegistry) -> Counter:
 async def ask_processor(
     processor: Client,
     request: ChatCompletionRequest | CompletionRequest,
+    hints: RoutingHints,
     context: Context,
     migrations: Counter,
 ) -> AsyncGenerator[TextOutput, None]:
@@ -51,7 +53,7 @@ async def ask_processor(
         PipelineError: the request failed, at any point of the stream.
     """
     last: TextOutput | None = None
-    wire = to_wire(to_process_request(request))
+    wire = {**to_wire(to_process_request(request)), "hints": to_wire(hints)}
     try:
         async for item in dispatch(
             lambda: processor.round_robin(wire, annotated=False, context=context), context
