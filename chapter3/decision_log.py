@@ -1,19 +1,21 @@
 """The last decisions and what became of them, for those who watch the router.
 
-A decision costs one small object and two references here. What a watcher is shown is made when
-it is shown, and only then.
+Of very many decisions only a sample is kept: a decision is an object of some kilobytes, and to
+keep all of a busy router's would cost it more than to make them. What a watcher is shown is made
+when it is shown, and only then.
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chapter3.decision import Decision
 from common.protocol_routing import RequestReport
 from common.protocol_watch import RequestState
 
-RECENT = 256
-OPEN_REQUESTS = 8192
+KEPT_PER_S = 24.0
+KEPT_AT_ONCE = 16.0  # after a quiet while
+RECENT = 64
+OPEN_REQUESTS = 1024
 
 
 @dataclass(slots=True)
@@ -34,7 +36,6 @@ class Outcome:
     """What became of a request; `changes` counts the reports about it."""
 
     number: int
-    instance: int
     state: RequestState = "sent"
     first_token_ms: float | None = None
     output_tokens: int = 0
@@ -48,12 +49,17 @@ class Outcome:
 
 @dataclass
 class DecisionLog:
-    """Remembers `RECENT` decisions, and of `OPEN_REQUESTS` requests how they go."""
+    """Remembers the last decisions that it kept, and how their requests go.
+
+    `decided` and `chosen` count all decisions.
+    """
 
     decided: int = 0
     chosen: Counter[int] = field(default_factory=Counter)  # decisions by instance
     recent: deque[Logged] = field(default_factory=lambda: deque(maxlen=RECENT))
     _open: dict[str, Outcome] = field(default_factory=dict)  # in the order of arrival
+    _credit: float = KEPT_AT_ONCE
+    _credited: float = 0.0
 
     def add(
         self,
@@ -67,12 +73,17 @@ class DecisionLog:
         self.decided += 1
         instance = decision.worker.instance_id
         self.chosen[instance] += 1
-        outcome = Outcome(self.decided, instance)
+        now = decision.snapshot.now
+        self._credit += (now - self._credited) * KEPT_PER_S
+        self._credit = min(self._credit, KEPT_AT_ONCE)
+        self._credited = now
+        if self._credit < 1.0:
+            return
+        self._credit -= 1.0
+        outcome = Outcome(self.decided)
         self.recent.append(
-            Logged(
-                self.decided, request_id, decision, policy, shadow_policy, queued_ms, outcome
-            )
-        )  # fmt: skip
+            Logged(self.decided, request_id, decision, policy, shadow_policy, queued_ms, outcome)
+        )
         if request_id:
             self._open[request_id] = outcome
             if len(self._open) > OPEN_REQUESTS:  # their ends were never reported
@@ -94,15 +105,5 @@ class DecisionLog:
         del self._open[report.request_id]
 
     def since(self, number: int) -> list[Logged]:
-        """The decisions after that one, as far as they are remembered."""
-        new = min(self.decided - number, len(self.recent))
-        if new <= 0:
-            return []
-        return [self.recent[position] for position in range(-new, 0)]
-
-
-def spread(items: Sequence[Logged], count: int) -> list[Logged]:
-    """At most `count` of them, evenly spread, the last one among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[(step + 1) * len(items) // count - 1] for step in range(count)]
+        """Those after decision `number` that were kept."""
+        return [logged for logged in self.recent if logged.number > number]

@@ -7,7 +7,6 @@ blocks of them that it never takes long.
 """
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +15,9 @@ from chapter3.index import ROOT, KvIndex, prefix_name
 from common.protocol_watch import WatchedPrefix
 
 HALF_LIFE_S = 60.0
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 MAX_PROMPT_BLOCKS = 1024  # what follows in a prompt is not counted
-BLOCKS_AT_ONCE = 8_000
+BLOCKS_AT_ONCE = 2_000
 SHOWN = 12
 MIN_WEIGHT = 1.5  # more than one prompt, some time ago
 SAME_WAY = 0.8  # share of a node's prompts that go on to the same block
@@ -41,8 +40,7 @@ class HotPrefixes:
     """Counts prompts by prefix; times are of any clock that only goes forward."""
 
     nodes: dict[int, Node] = field(default_factory=dict)
-    prompts: float = 0.0  # weight of those that were counted
-    decided: float = 0.0  # weight of all, counted or not
+    prompts: float = 0.0  # weight of all of them
     _counted: int = 0  # number of the last decision
     _decayed: float = 0.0
 
@@ -54,7 +52,6 @@ class HotPrefixes:
             return
         self._counted = new[-1].number
         budget = BLOCKS_AT_ONCE
-        self.decided += len(new)
         for one in reversed(new):
             budget -= self._add(one.decision.tokens_hashes, one.decision.worker.block_size)
             if budget < 0:
@@ -90,15 +87,11 @@ class HotPrefixes:
         node = self.nodes[name]
         overlaps = index.overlaps([self.nodes[step].tokens_hash for step in way])
         holders = [worker_ids.get(key) for key, blocks in overlaps.items() if blocks == len(way)]
-        share = node.weight / self.prompts
-        # In a steady state a weight is the rate times the half-life over ln 2.
-        per_minute = share * self.decided * math.log(2) / HALF_LIFE_S * 60
         return WatchedPrefix(
             name=f"{name:x}",
             blocks=node.blocks,
             tokens=node.blocks * node.block_size,
-            share=share,
-            per_minute=per_minute,
+            share=node.weight / self.prompts,
             workers=sorted(holder for holder in holders if holder is not None),
             level=level,
         )
@@ -137,7 +130,6 @@ class HotPrefixes:
         factor = 0.5 ** (elapsed / HALF_LIFE_S)
         self._decayed = now
         self.prompts *= factor
-        self.decided *= factor
         for node in self.nodes.values():
             node.weight *= factor
             node.strongest_child *= factor

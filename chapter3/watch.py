@@ -1,6 +1,6 @@
 """`router.watch`: a few updates a second about all that the router knows, for a page.
 
-However many decisions are made, an update shows a few of them and their outcomes.
+However many decisions are made, an update shows those that the log kept, and their outcomes.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from chapter3.decision import Decision, policy_state
-from chapter3.decision_log import DecisionLog, Logged, Outcome, spread
+from chapter3.decision_log import DecisionLog, Logged, Outcome
 from chapter3.hot_prefixes import HotPrefixes
 from chapter3.scoring import best
 from chapter3.selector import Selector
@@ -30,8 +30,6 @@ from dynamo.runtime import Context
 
 INTERVAL_S = 0.25
 PREFIXES_INTERVAL_S = 1.0
-DECISIONS_AT_ONCE = 6
-FIRST_DECISIONS = 20  # what a new watcher sees of the time before
 FOLLOWED = 200  # decisions whose outcomes a watcher is told
 MAX_WATCHERS = 8
 
@@ -146,19 +144,16 @@ class Watcher:
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
-        self._decided: int | None = None
+        self._decided = 0
         self._followed: dict[int, tuple[Outcome, int]] = {}  # by number; changes that were told
 
     def update(self, now: float) -> RouterUpdate:
         """What is new since the last update."""
         log = self._watched.log
         update = self._watched.update(now)
-        if self._decided is None:
-            shown = log.since(log.decided - FIRST_DECISIONS)
-            update.new = len(shown)
-        else:
-            shown = spread(log.since(self._decided), DECISIONS_AT_ONCE)
-            update.new = log.decided - self._decided
+        # A new watcher sees some of the time before.
+        shown = log.since(self._decided)
+        update.new = log.decided - self._decided if self._decided else len(shown)
         self._decided = log.decided
         update.decisions = [watched_decision(logged) for logged in shown]
         self._followed |= {logged.number: (logged.outcome, 0) for logged in shown}

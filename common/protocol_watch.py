@@ -53,7 +53,6 @@ class WatchedPrefix(msgspec.Struct, omit_defaults=True):
     blocks: int
     tokens: int
     share: float
-    per_minute: float
     workers: list[int] = []
     level: int = 0
 
@@ -125,8 +124,8 @@ class WatchedOutcome(msgspec.Struct, omit_defaults=True):
 class RouterUpdate(msgspec.Struct, omit_defaults=True):
     """How one router does, or the `error` for which it cannot be watched.
 
-    `decided` counts all decisions so far, `new` those since the last update, of which
-    `decisions` is a sample, evenly spread. `outcomes` are news about decisions that this
+    `decided` counts all decisions so far, `new` those since the last update; of very many,
+    `decisions` is a sample, evenly spread in time. `outcomes` are news about decisions that this
     watcher was shown.
     """
 

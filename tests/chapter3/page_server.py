@@ -10,6 +10,7 @@ from typing import Any
 from chapter3.decision import PolicyInUse
 from chapter3.router_page import RouterPage
 from chapter3.selector import Selector
+from chapter3.snapshot import Snapshot
 from chapter3.watch import Watched
 from chapter3.workers import Worker
 from common.http import HttpServer, http_server, listen
@@ -27,11 +28,19 @@ FIRST_ROUTER = 2**62  # as large as real instance ids
 FIRST_ENGINE = 2**61
 
 
+def in_two_terms(snapshot: Snapshot) -> list[dict[str, float]]:
+    """A policy that stays as it is, whatever becomes of ours."""
+    return [
+        {"queue": -worker.prefill_s, "prefill": -worker.new_tokens / 8000}
+        for worker in snapshot.workers
+    ]
+
+
 class FakeRouter:
     """One router's decisions, and the handler of `router.watch` that shows them."""
 
     def __init__(self, number: int, engines: int, shadow: str) -> None:
-        self.selector = Selector(PolicyInUse.named("earliest_start"))
+        self.selector = Selector(PolicyInUse("in_two_terms", in_two_terms))
         self.selector.shadow = PolicyInUse.named(shadow) if shadow else None
         self.watched = Watched(self.selector)
         self.watched.router = FIRST_ROUTER + number

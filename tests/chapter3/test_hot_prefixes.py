@@ -24,7 +24,7 @@ def tokens(text: str, blocks: int) -> list[int]:
 def add(log: DecisionLog, prompt: list[int]) -> None:
     hashes = compute_block_hash_for_seq(prompt, SIZE)
     view = WorkerView(1, 0, SIZE, len(prompt) / SIZE, 0)
-    snapshot = Snapshot(RequestView(len(prompt)), (view,), 0.0)
+    snapshot = Snapshot(RequestView(len(prompt)), (view,), float(log.decided))  # all are kept
     log.add("", Decision(snapshot, [Scored(0.0, {})], 0, "", tokens_hashes=hashes))
 
 

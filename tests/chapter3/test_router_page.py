@@ -55,7 +55,7 @@ async def test_engines_policies_and_an_explained_decision(
     await pw.expect(banner).to_be_hidden()
     await pw.expect(page.locator(".card")).to_have_count(4)
     await pw.expect(card(page, 3)).to_contain_text("30 %")  # of the cache is filled
-    await pw.expect(page.locator("#policies")).to_contain_text("earliest_start")
+    await pw.expect(page.locator("#policies")).to_contain_text("in_two_terms")
     await pw.expect(page.locator("#empty")).to_be_visible()
     router.decide(1000)
     await pw.expect(lines(page)).to_have_count(1)
