@@ -1,7 +1,8 @@
 """The processor component: chat messages in, a stream of text out.
 
 Applies the chat template, turns text into token ids, asks the router which engine is to have
-them, turns that engine's token ids back into text, and ends the answer at a stop string.
+them, turns that engine's token ids back into text, and ends the answer at a stop string. If the
+engine dies in the midst of an answer, another one goes on with it.
 Endpoints: `processor.process`, and `processor.info`, which passes on what the engine says about
 itself.
 """

@@ -1,8 +1,10 @@
 """The account of one answer across the engines that make it."""
 
+import sys
 from typing import Any
 
-from chapter3.migration import Progress, failure_in
+from chapter3.migration import DEFAULT_MIGRATION_LIMIT, Progress, failure_in
+from chapter3.processor import parse_args
 from common.protocol import (
     EngineOutput,
     EngineTimings,
@@ -182,3 +184,19 @@ def test_an_error_item() -> None:
     assert failure is not None
     assert failure.info == info
     assert output == EngineOutput([7])
+
+
+def test_the_limit_is_a_flag_or_an_environment_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["processor"])
+    assert parse_args().migration_limit == DEFAULT_MIGRATION_LIMIT
+    monkeypatch.setenv("MIGRATION_LIMIT", "0")
+    assert parse_args().migration_limit == 0
+    monkeypatch.setattr(sys, "argv", ["processor", "--migration-limit=7"])
+    assert parse_args().migration_limit == 7
+    for wrong in ("-1", "1.5", "many"):
+        monkeypatch.setattr(sys, "argv", ["processor", f"--migration-limit={wrong}"])
+        with pytest.raises(SystemExit):
+            parse_args()
+        assert f"{wrong!r} is not an integer of at least 0" in capsys.readouterr().err
