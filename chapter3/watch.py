@@ -32,6 +32,7 @@ INTERVAL_S = 0.25
 PREFIXES_INTERVAL_S = 1.0
 FOLLOWED = 200  # decisions whose outcomes a watcher is told
 MAX_WATCHERS = 8
+MAX_NAME = 80  # characters of what clients call things
 
 
 class Watched:
@@ -189,7 +190,7 @@ def watched_decision(logged: Logged) -> WatchedDecision:
     theirs = None if shadow is None else best(shadow, snapshot)
     return WatchedDecision(
         number=logged.number,
-        request_id=logged.request_id,
+        request_id=logged.request_id[:MAX_NAME],
         at_s=snapshot.now,
         policy=logged.policy,
         prompt_tokens=snapshot.request.prompt_tokens,
@@ -213,8 +214,8 @@ def watched_decision(logged: Logged) -> WatchedDecision:
             for at, view in enumerate(snapshot.workers)
         ],
         priority=snapshot.request.priority,
-        tenant=snapshot.request.tenant,
-        session=snapshot.request.session,
+        tenant=snapshot.request.tenant[:MAX_NAME],
+        session=snapshot.request.session[:MAX_NAME],
         shadow_policy=logged.shadow_policy,
         shadow_chosen=theirs,
         shadow_regret=(
