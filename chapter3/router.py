@@ -4,7 +4,8 @@ Knows what every engine has cached (KV events) and how busy it is (metrics), bot
 the engines themselves, and from the processors what became of the requests it routed. A policy
 chooses. Endpoints: `router.find_worker`; `router.report`, which hears of first tokens and ends;
 `router.policy`, which says and changes the policy; `router.state`, what it believes about the
-engines; `router.watch`, a few updates a second for the page /router.
+engines; `router.watch`, a few updates a second for the page /router; `router.replica_source` and
+`router.replica_snapshot`, by which several routers learn of each other's decisions.
 """
 
 import argparse
@@ -22,13 +23,17 @@ from chapter3.decision import PolicyInUse, output, policy_state
 from chapter3.feed import following
 from chapter3.health import FleetHealth
 from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
+from chapter3.replicas import Others, sharing
 from chapter3.selector import Selector
 from chapter3.watch import Watched
+from common.kv_arguments import kv_host
 from common.protocol import PipelineError, from_wire, to_wire
+from common.protocol_replicas import EngineFailed, Reported
 from common.protocol_router import StateRequest
 from common.protocol_routing import (
     PolicyRequest,
     PolicyState,
+    RequestReport,
     RequestReports,
     RouteOutput,
     RouteRequest,
@@ -55,6 +60,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             for instance in wanted.failed:
                 selector.health.failed(instance, wanted.request_id, time.monotonic())
                 selector.fail(instance)
+                replicas.tell(EngineFailed(instance, wanted.request_id))
             ticket = gate.offer(wanted)
             async with aclosing(gate.wait(ticket, context)) as waiting:
                 async for _ in waiting:
@@ -64,7 +70,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             watched.add(wanted.request_id, decision, queued_ms)
             found = output(decision, queued_ms=queued_ms)
             if context.is_stopped():
-                selector.active.finish(wanted.request_id)  # it will never be sent
+                # It will never be sent.
+                take_report(RequestReport(wanted.request_id, found.instance_id, "failed"))
         except PipelineError as error:
             found = RouteOutput(error=error.info)
         request_log(context.id()).debug("worker %d: %s", found.worker_id, found.reason)
@@ -72,14 +79,21 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
     async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         for known in from_wire(request, RequestReports).reports:
-            watched.log.report(known)
-            selector.report(known, time.monotonic())
-        gate.changed()
+            take_report(known)
         yield {}
+
+    def take_report(known: RequestReport) -> None:
+        watched.log.report(known)
+        selector.report(known, time.monotonic())
+        replicas.tell(Reported(known))
+        gate.changed()
 
     async def policy(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         try:
-            change_policy(selector, from_wire(request, PolicyRequest))
+            wanted = from_wire(request, PolicyRequest)
+            change_policy(selector, wanted)
+            if wanted.policy is not None or wanted.shadow is not None:
+                replicas.tell(replicas.state.policy_changed(time.time()))
             yield to_wire(policy_state(selector.policy, selector.shadow))
         except PipelineError as error:
             yield to_wire(PolicyState(error=error.info))
@@ -92,11 +106,15 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
     # Clients come first: endpoints that are made while another task uses one may block for ever.
     engines = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
+    source = runtime.endpoint(f"{args.namespace}.router.replica_source")
+    snapshot = runtime.endpoint(f"{args.namespace}.router.replica_snapshot")
+    others = Others(source.connection_id(), await source.client(), await snapshot.client())
     async with (
         admitting(selector, queue_settings(args)) as gate,
         serving_metrics(gate.metrics, args.metrics_host, args.metrics_port),
         following(runtime, args.namespace, selector) as feed,
         watching_health(engines, selector, feed.failed),
+        sharing(selector, change_policy, kv_host(), others, feed.failed) as replicas,
     ):
         watched.queue = gate.watched
         await life.serve(
@@ -107,6 +125,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 f"{args.namespace}.router.policy": policy,
                 f"{args.namespace}.router.state": state,
                 f"{args.namespace}.router.watch": watched.watch,
+                f"{args.namespace}.router.replica_source": replicas.serve_source,
+                f"{args.namespace}.router.replica_snapshot": replicas.serve_snapshot,
             },
             failed=feed.failed,
             draining=watched.aclose,

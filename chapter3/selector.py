@@ -1,6 +1,7 @@
 """The router's decision: a prompt in, an engine out. Needs no network and no clock of its own."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,9 +10,10 @@ from chapter3.active import ActiveRequests
 from chapter3.decision import Decision, PolicyInUse, decide
 from chapter3.health import FleetHealth
 from chapter3.index import KvIndex, prefix_names
-from chapter3.snapshot import RequestView, Snapshot, WorkerView
+from chapter3.snapshot import RequestView, Snapshot, WorkerView, request_view
 from chapter3.workers import Worker
 from common.protocol import PipelineError
+from common.protocol_replicas import Routed
 from common.protocol_router import State
 from common.protocol_routing import RequestReport, RoutedWorkerState, RouteRequest
 
@@ -34,7 +36,10 @@ class Selector:
     rng: random.Random = field(default_factory=random.Random)
     mean_output_tokens: float = 128.0
     changed: Callable[[], None] = lambda: None  # called when an engine may have room again
+    tell: Callable[[Routed], None] = lambda routed: None  # called with every decision
     _turn: int = 0
+    # The last requests of whose end it was heard before their beginning.
+    _ended_first: deque[str] = field(default_factory=partial(deque, maxlen=256))
 
     def select(self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()) -> Decision:
         """Choose an engine, and count the prompt as sent to it.
@@ -43,7 +48,7 @@ class Selector:
             PipelineError: kind `unavailable`, there is no engine to choose.
         """
         return self.select_for(
-            self._request_view(wanted),
+            request_view(wanted, self.mean_output_tokens),
             partial(compute_block_hash_for_seq, wanted.token_ids),
             now,
             model=wanted.model,
@@ -88,7 +93,11 @@ class Selector:
             self.active.first_token(request_id, now)
             self.health.first_token(instance, request_id, seconds, now)
             return
-        self.active.finish(request_id)
+        if (request := self.active.requests.get(request_id)) is None:
+            self._ended_first.append(request_id)
+        elif request.instance != instance:  # two routers chose, one of them too late
+            self.health.ended(request.instance, request_id)
+        self.active.finish(request_id, now)
         if known.kind == "finished":
             self.finished(tokens)
             self.health.finished(instance, request_id, seconds, tokens, now)
@@ -122,6 +131,7 @@ class Selector:
         state: State = "failed" if worker.failed else "ready" if worker.synced else "starting"
         if state == "ready" and worker.is_silent(now):
             state = "silent"
+        load = self.active.load(worker.instance)
         return RoutedWorkerState(
             instance_id=worker.instance,
             worker_id=worker.source.info.worker_id,
@@ -130,22 +140,10 @@ class Selector:
             blocks=self.index.block_count(worker.instance),
             metrics=worker.metrics,
             block_hashes=block_hashes,
+            active=load.prefill_requests + load.decode_requests,
             health=self.health.state(worker.instance),
             health_reason=self.health.why(worker.instance),
             tags=tuple(sorted(worker.tags)),
-        )
-
-    def _request_view(self, wanted: RouteRequest) -> RequestView:
-        hints = wanted.hints
-        expected = self.mean_output_tokens if hints.output_tokens is None else hints.output_tokens
-        if wanted.max_tokens is not None:
-            expected = min(expected, wanted.max_tokens)
-        return RequestView(
-            prompt_tokens=len(wanted.token_ids),
-            output_tokens=expected,
-            session=hints.session,
-            tenant=hints.tenant,
-            priority=hints.priority,
         )
 
     def _known_blocks(
@@ -185,26 +183,46 @@ class Selector:
     def _route(self, request_id: str, decision: Decision, names: list[int]) -> None:
         """Count the prompt as sent to the engine that was chosen."""
         view, request = decision.worker, decision.snapshot.request
-        worker = self.workers[view.instance_id]
-        self._turn += 1
-        worker.turn = self._turn
-        worker.expect(names, view.overlap_blocks, decision.snapshot.now)
-        if request_id:
+        places = self.workers[view.instance_id].source.info.max_running
+        is_full = places is not None and view.prefill_requests + view.decode_requests >= places
+        routed = Routed(
+            request_id,
+            view.instance_id,
+            names,
+            view.overlap_blocks,
+            own_tokens=round(view.new_tokens),
+            tokens=view.prefill_tokens + round(view.new_tokens),
+            own_blocks=1 + round(request.output_tokens / view.block_size),
+            waits=is_full or view.waiting > 0,
+        )
+        self.count(routed, decision.snapshot.now)
+        self.tell(routed)
+
+    def count(self, routed: Routed, now: float) -> None:
+        """Count a request as sent to an engine, by this router or another one."""
+        if routed.request_id in self._ended_first:
+            return
+        if worker := self.workers.get(routed.instance):
+            self._turn += 1
+            worker.turn = self._turn
+            worker.expect(routed.names, routed.overlap, now)
+        if routed.request_id:
             self.health.sent(
-                view.instance_id,
-                request_id,
-                decision.snapshot.now,
-                tokens=view.prefill_tokens + round(view.new_tokens),
-                own_tokens=round(view.new_tokens),
-                waits=view.waiting > 0,
+                routed.instance,
+                routed.request_id,
+                now,
+                tokens=routed.tokens,
+                own_tokens=routed.own_tokens,
+                waits=routed.waits,
             )
             self.active.add(
-                request_id,
-                view.instance_id,
-                prefill_tokens=round(view.new_tokens),
-                names=names,
-                own_blocks=1 + round(request.output_tokens / view.block_size),
-                now=decision.snapshot.now,
+                routed.request_id,
+                routed.instance,
+                prefill_tokens=routed.own_tokens,
+                names=routed.names,
+                own_blocks=routed.own_blocks,
+                now=now,
+                waits=routed.waits,
             )
 
     def eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:

@@ -8,7 +8,7 @@ was chosen longest ago.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.protocol_routing import HealthState
+from common.protocol_routing import HealthState, RouteRequest
 
 Score = float | Mapping[str, float]
 
@@ -86,3 +86,18 @@ class Snapshot:
 
 
 Policy = Callable[[Snapshot], Sequence[Score]]
+
+
+def request_view(wanted: RouteRequest, usual_output_tokens: float) -> RequestView:
+    """What a policy sees of a request."""
+    hints = wanted.hints
+    expected = usual_output_tokens if hints.output_tokens is None else hints.output_tokens
+    if wanted.max_tokens is not None:
+        expected = min(expected, wanted.max_tokens)
+    return RequestView(
+        prompt_tokens=len(wanted.token_ids),
+        output_tokens=expected,
+        session=hints.session,
+        tenant=hints.tenant,
+        priority=hints.priority,
+    )

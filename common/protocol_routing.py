@@ -53,8 +53,12 @@ class RouteRequest(FindWorkerRequest, omit_defaults=True, forbid_unknown_fields=
 
 
 class RoutedWorkerState(WorkerState, omit_defaults=True):
-    """What the router believes about an engine; `health_reason` says why it is in doubt."""
+    """What the router believes about an engine; `health_reason` says why it is in doubt.
 
+    `active` requests were sent to it and are not finished.
+    """
+
+    active: int = 0
     health: HealthState = "healthy"
     health_reason: str = ""
     tags: tuple[str, ...] = ()

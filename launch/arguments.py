@@ -49,6 +49,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="so many engines that run a real model: --engines N --backend llamacpp",
     )
     parser.add_argument(
+        "--routers",
+        metavar="N",
+        type=_positive,
+        default=Options.routers,
+        help="number of routers, which know of each other's decisions (chapter 3; default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--policy",
         metavar="NAME",
         help="how the router chooses an engine: "

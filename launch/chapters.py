@@ -14,6 +14,7 @@ class Component:
     name: str
     options: tuple[str, ...] = ()
     replicated: bool = False
+    several: bool = False  # only if more than one is asked for, they have numbers
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Options:
 
     namespace: str = "inference"
     engines: int | None = None
+    routers: int = 1
     backend: str | None = None
     model: str | None = None
     policy: str | None = None
@@ -33,7 +35,7 @@ ENGINE = Component("engine", options=("backend", "model"), replicated=True)
 PROCESSOR = Component("processor", options=("model",))
 FRONTEND = Component("frontend", options=("port",))
 ROUTER = Component("router", options=("policy",))
-LABORATORY_ROUTER = Component("router", options=("policy", "shadow"))
+LABORATORY_ROUTER = Component("router", options=("policy", "shadow"), several=True)
 
 # A chapter's components in the order of a request's way back: a component stands after
 # those it calls. They stop in the opposite order.
@@ -84,6 +86,10 @@ def processes(
         value = getattr(options, option)
         if value is not None:
             command += [f"--{option}", str(value)]
+    if component.several and options.routers > 1:
+        for number in range(options.routers):
+            yield f"{component.name}{number}", command
+        return
     if not component.replicated:
         yield component.name, command
         return

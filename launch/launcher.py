@@ -70,6 +70,7 @@ async def launch(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         policy=arguments.policy,
         shadow=arguments.shadow,
+        routers=arguments.routers,
         port=http_port(arguments.port, HTTP_PORT),
     )
     show_logs = arguments.verbose or not arguments.ask
@@ -129,6 +130,8 @@ def _check_chapter(arguments: argparse.Namespace) -> None:
         raise LaunchError(f"--policy: {arguments.chapter} has no router")
     if arguments.shadow is not None and "shadow" not in taken:
         raise LaunchError(f"--shadow: {arguments.chapter} has no router with a second policy")
+    if arguments.routers > 1 and not any(part.several for part in components(arguments.chapter)):
+        raise LaunchError(f"--routers: {arguments.chapter} has at most one")
 
 
 def _check_model(model: str | None) -> None:

@@ -74,6 +74,7 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
         chapter: str = "chapter1",
         backend: str = "simulated",
         engines: int = 1,
+        routers: int = 1,
         model: str | None = None,
         start: Sequence[str] | None = None,
         wait: bool = True,
@@ -81,7 +82,12 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
         environment: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Pipeline]:
         options = Options(
-            namespace=namespace, engines=engines, backend=backend, model=model, port=free_port()
+            namespace=namespace,
+            engines=engines,
+            routers=routers,
+            backend=backend,
+            model=model,
+            port=free_port(),
         )
         async with pipeline(
             children,
