@@ -19,7 +19,7 @@ has to be preempted.
 
 import heapq
 import itertools
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +50,7 @@ class Running:
     cached_tokens: int = 0
     held: list[int] = field(default_factory=list)  # its blocks that are cached, from the start
     own_blocks: int = 0  # its other blocks
+    expected_tokens: float = 0.0  # to compute, as it looked when it arrived
     left: float = 0.0
     started: float | None = None
     first_token: float | None = None
@@ -130,6 +131,8 @@ class TraceEngine:
         self._numbers = itertools.count()
         self._steps = 0.0  # that were taken since the start
         self._kv_tokens = 0
+        self._expected_blocks: Counter[int] = Counter()  # of prompts that are not computed yet
+        self._expected_tokens = 0.0  # of those that have not started
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -142,8 +145,22 @@ class TraceEngine:
 
     def submit(self, running: Running) -> None:
         """A request arrives now."""
+        running.expected_tokens = self._new_tokens(running.request)
+        self._expected_tokens += running.expected_tokens
+        self._expected_blocks.update(running.request.full_blocks)
         self._waiting.append(running)
         self._admit()
+
+    def seconds_to_finish(self, request: TraceRequest) -> float:
+        """How long a request that came now would take to its end, if no other one came.
+
+        Takes the steps to be as long as they are now, and the cache to have room.
+        """
+        left = self._expected_tokens + (self._prefills[0].left if self._prefills else 0.0)
+        step = self._decode_seconds()
+        with_prefill = step + self.settings.prefill_chunk / self.settings.prefill_tokens_per_s
+        prefill = (left + self._new_tokens(request)) * with_prefill / self.settings.prefill_chunk
+        return prefill + step * request.output_length
 
     def next_event(self) -> float:
         """When something will happen if nothing comes; infinity if the engine is idle."""
@@ -173,6 +190,13 @@ class TraceEngine:
         while self._decodes and self._decodes[0][0] <= self._steps + tiny:
             self._finish(heapq.heappop(self._decodes)[2])
         self._admit()
+
+    def _new_tokens(self, request: TraceRequest) -> float:
+        blocks = request.full_blocks
+        known = self.cache.match(blocks)
+        while known < len(blocks) and blocks[known] in self._expected_blocks:
+            known += 1
+        return max(request.input_length - known * BLOCK_SIZE, 1)
 
     def _decode_seconds(self) -> float:
         settings = self.settings
@@ -220,6 +244,7 @@ class TraceEngine:
         """What the prompts before it have computed since it was admitted is reused, too."""
         request, cache = running.request, self.cache
         blocks = request.full_blocks
+        self._expected_tokens -= running.expected_tokens
         more = blocks[len(running.held) : cache.match(blocks)]
         cache.hold(more)
         running.held = running.held + more
@@ -244,6 +269,8 @@ class TraceEngine:
         cache.own -= len(new)
         if first < len(blocks):
             self._listener.stored(self.instance, request, first)
+        self._expected_blocks.subtract(blocks)
+        self._expected_blocks += Counter()  # keeps those above zero
         running.first_token = self.now
         self._kv_tokens += request.input_length
         last = self._steps + request.output_length - 1

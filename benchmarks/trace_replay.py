@@ -52,6 +52,7 @@ class SelectorRouter:
         self, name: str, policy: Policy, workers: int, settings: EngineSettings, seed: int
     ):
         self.selector = Selector(PolicyInUse(name, policy), rng=random.Random(seed))
+        self.events_applied = 0
         for instance in range(workers):
             # The tree sees blocks of one token, which is the block's id: the hash of its content.
             info = EngineInfo(
@@ -98,7 +99,41 @@ class SelectorRouter:
 
     def _apply(self, instance: int, event: BlockStored | BlockRemoved) -> None:
         names = self.selector.index.apply(instance, [event])
+        self.events_applied += 1
         self.selector.workers[instance].settle(names)
+
+
+class Oracle:
+    """Knows what every engine has cached and has still to do, and how long the answer will be.
+
+    It is greedy: it takes the engine where this request ends first, whatever that costs others.
+    """
+
+    def choose(self, running: Running, engines: Sequence[TraceEngine], now: float) -> int:
+        for engine in engines:
+            engine.advance(now)
+        return min(
+            range(len(engines)),
+            key=lambda number: (
+                engines[number].seconds_to_finish(running.request),
+                engines[number].busy_s,
+            ),
+        )
+
+    def metrics(self, engine: TraceEngine, now: float) -> None:
+        pass
+
+    def first_token(self, running: Running, now: float) -> None:
+        pass
+
+    def finished(self, running: Running, now: float) -> None:
+        pass
+
+    def stored(self, instance: int, request: TraceRequest, first: int) -> None:
+        pass
+
+    def removed(self, instance: int, blocks: list[int]) -> None:
+        pass
 
 
 @dataclass
@@ -124,6 +159,15 @@ class Replay:
         """The share of all prompt tokens that were reused."""
         prompts = sum(running.request.input_length for running in self.requests)
         return sum(running.cached_tokens for running in self.requests) / prompts
+
+    def waiting_share(self, longer_than_s: float) -> float:
+        """The share of requests whose prompt did not begin to be computed within that time."""
+        waited = [
+            running
+            for running in self.requests
+            if running.started is not None and running.started - running.arrived > longer_than_s
+        ]
+        return len(waited) / len(self.requests)
 
     @property
     def imbalance(self) -> float:
