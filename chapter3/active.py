@@ -24,7 +24,10 @@ CLEAR_RATIO = 1.5
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """`names` are its full blocks', `own_blocks` those that no other request can share."""
+    """`names` are its full blocks', `own_blocks` those that no other request can share.
+
+    One that `waits` came when the engine had no place for another running request.
+    """
 
     instance: int
     since: float
@@ -32,6 +35,7 @@ class ActiveRequest:
     names: tuple[int, ...]
     own_blocks: int
     in_prefill: bool = True
+    waits: bool = False
 
 
 @dataclass(slots=True)
@@ -48,6 +52,7 @@ class EngineLoad:
     _shared: Counter[int] = field(default_factory=Counter)
     _prefills: dict[str, ActiveRequest] = field(default_factory=dict)  # in the order of arrival
     _last_first_token: float = 0.0
+    _last_end: float = 0.0
     _measured_tokens: float = 0.0
     _measured_s: float = 0.0
 
@@ -89,7 +94,10 @@ class EngineLoad:
 
     def measure(self, request: ActiveRequest, now: float) -> None:
         """Learn how fast it computes prompts from one whose first token has come."""
-        seconds = now - max(request.since, self._last_first_token)
+        began = max(request.since, self._last_first_token)
+        if request.waits:  # for one to end
+            began = max(began, self._last_end)
+        seconds = now - began
         self._last_first_token = now
         if request.prefill_tokens >= MIN_MEASURED_TOKENS and seconds > 0:
             # Sums, so that a long prompt weighs more than a short one, which says little.
@@ -98,8 +106,9 @@ class EngineLoad:
             self.measured_tokens_per_s = self._measured_tokens / self._measured_s
             self.measurements += 1
 
-    def remove(self, request: ActiveRequest) -> None:
+    def remove(self, request: ActiveRequest, now: float) -> None:
         """Its prefill has ended."""
+        self._last_end = max(self._last_end, now)
         self.decode_requests -= 1
         self.own_blocks -= request.own_blocks
         for name in request.names:
@@ -131,11 +140,14 @@ class ActiveRequests:
         names: Sequence[int],
         own_blocks: int,
         now: float,
+        waits: bool = False,
     ) -> None:
         """A request was sent to an engine."""
-        self.finish(request_id)
+        self.finish(request_id, now)
         self._expire(now)
-        request = ActiveRequest(instance, now, prefill_tokens, tuple(names), own_blocks)
+        request = ActiveRequest(
+            instance, now, prefill_tokens, tuple(names), own_blocks, waits=waits
+        )
         self.requests[request_id] = request
         self.load(instance).add(request_id, request)
 
@@ -148,7 +160,7 @@ class ActiveRequests:
             load.end_prefill(request_id, request)
             self._compare_speeds()
 
-    def finish(self, request_id: str) -> None:
+    def finish(self, request_id: str, now: float = 0.0) -> None:
         """It has ended, well or not; unknown ones are ignored."""
         request = self.requests.pop(request_id, None)
         if request is None:
@@ -156,7 +168,7 @@ class ActiveRequests:
         load = self.load(request.instance)
         if request.in_prefill:
             load.end_prefill(request_id, request)
-        load.remove(request)
+        load.remove(request, now)
 
     def remove_instance(self, instance: int) -> None:
         """The engine has left or lost all it had."""

@@ -183,8 +183,6 @@ class Selector:
     def _route(self, request_id: str, decision: Decision, names: list[int]) -> None:
         """Count the prompt as sent to the engine that was chosen."""
         view, request = decision.worker, decision.snapshot.request
-        places = self.workers[view.instance_id].source.info.max_running
-        is_full = places is not None and view.prefill_requests + view.decode_requests >= places
         routed = Routed(
             request_id,
             view.instance_id,
@@ -193,7 +191,7 @@ class Selector:
             own_tokens=round(view.new_tokens),
             tokens=view.prefill_tokens + round(view.new_tokens),
             own_blocks=1 + round(request.output_tokens / view.block_size),
-            waits=is_full or view.waiting > 0,
+            waits=self.workers[view.instance_id].is_full(view),
         )
         self.count(routed, decision.snapshot.now)
         self.tell(routed)

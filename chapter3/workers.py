@@ -146,6 +146,12 @@ class Worker:
             health=health,
         )
 
+    def is_full(self, view: WorkerView) -> bool:
+        """Whether one more request would wait in the engine for another one to end."""
+        places = self.source.info.max_running
+        in_flight = view.prefill_requests + view.decode_requests
+        return view.waiting > 0 or (places is not None and in_flight >= places)
+
     def _forget_load_before(self, time: float) -> None:
         while self._routed and self._routed[0].time < time:
             self._routed_blocks -= self._routed.popleft().new_blocks

@@ -221,3 +221,15 @@ def test_a_long_life_leaves_nothing_behind() -> None:
         assert figures(active.load(instance)) == NOTHING
         assert not active.load(instance)._shared
         assert not active.load(instance)._prefills
+
+
+def test_to_wait_for_a_place_is_not_to_compute_slowly() -> None:
+    """An engine that runs one request at a time: the next one's prompt is computed after it."""
+    active = ActiveRequests()
+    for number in range(20):
+        at, name = 10.0 * number, f"{number}"
+        active.add(name, 1, prefill_tokens=800, names=[], own_blocks=1, now=at, waits=number > 0)
+        if number:
+            active.finish(f"{number - 1}", at + 9.9)
+        active.first_token(name, at + (10.0 if number else 0.1))
+    assert active.load(1).measured_tokens_per_s == pytest.approx(8000, rel=0.3)
