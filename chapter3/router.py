@@ -83,7 +83,6 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         yield {}
 
     def take_report(known: RequestReport) -> None:
-        watched.log.report(known)
         selector.report(known, time.monotonic())
         replicas.tell(Reported(known))
         gate.changed()

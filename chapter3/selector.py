@@ -37,6 +37,7 @@ class Selector:
     mean_output_tokens: float = 128.0
     changed: Callable[[], None] = lambda: None  # called when an engine may have room again
     tell: Callable[[Routed], None] = lambda routed: None  # called with every decision
+    heard: Callable[[RequestReport], None] = lambda report: None  # called with every report
     _turn: int = 0
     # The last requests of whose end it was heard before their beginning.
     _ended_first: deque[str] = field(default_factory=partial(deque, maxlen=256))
@@ -87,6 +88,7 @@ class Selector:
 
     def report(self, known: RequestReport, now: float) -> None:
         """What became of a routed request."""
+        self.heard(known)
         request_id, instance = known.request_id, known.instance_id
         seconds, tokens = known.ms / 1e3, known.output_tokens
         if known.kind == "first_token":

@@ -41,6 +41,7 @@ class Watched:
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
         self.log = DecisionLog()
+        selector.heard = self.log.report
         self.router = 0
         self.queue: Callable[[], WatchedQueue] = WatchedQueue
         self._prefixes = HotPrefixes()

@@ -167,6 +167,14 @@ async def test_outcomes_of_what_was_shown_are_told_once() -> None:
     assert watcher._followed == {}
 
 
+async def test_reports_that_went_to_another_router_are_heard() -> None:
+    """It passes them on to the selector."""
+    router = watched()
+    route(router, "a/0")
+    router.selector.report(report("a/0", "finished", 2.0, 3), 2.0)
+    assert router.log.recent[0].outcome.state == "finished"
+
+
 async def test_a_watcher_follows_only_so_many_requests() -> None:
     router = watched()
     watcher = Watcher(router)
