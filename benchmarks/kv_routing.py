@@ -1,4 +1,7 @@
-"""What KV-aware routing is worth: chapter 2 on two real engines, one policy after the other.
+"""What KV-aware routing is worth: two real engines, one policy of the chapter after the other.
+
+    python -m benchmarks.kv_routing --json FILE
+    python -m benchmarks.kv_routing --chapter chapter3 --policies kv,dynamo,earliest_start
 
 Each engine has one thread, so that the two do not fight over two cores. Every run begins with
 empty caches and sends the same requests, those of the first two workloads at the pace of people,
@@ -134,7 +137,7 @@ class Bench:
 
 
 async def measure(
-    seeds: list[int], size: Size, policies: tuple[str, ...]
+    chapter_name: str, seeds: list[int], size: Size, policies: tuple[str, ...]
 ) -> dict[tuple[str, str], list[Run]]:
     """The runs, one a seed, by workload and policy, and the oracle's among them."""
     text = load_text_model(DEFAULT_MODEL)
@@ -150,8 +153,8 @@ async def measure(
             pipeline(
                 children,
                 environment,
-                "chapter2",
-                Options(NAMESPACE, engines=ENGINES, port=port),
+                chapter_name,
+                Options(NAMESPACE, engines=ENGINES, backend="llamacpp", port=port),
                 arguments={
                     "engine": ["--engine-arg", "batch_threads=1", "--engine-arg", "threads=1"]
                 },
@@ -235,14 +238,25 @@ def table(result: list[Any]) -> str:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the TTFTs here")
+    parser.add_argument(
+        "--chapter", choices=("chapter2", "chapter3"), default="chapter2", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--policies",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,NAME",
+        help=f"of the chapter's router ({','.join(POLICIES)}; quick: {','.join(QUICK_POLICIES)})",
+    )
     args = parser.parse_args()
     seeds = [1, 2, 3]
     size, policies = (QUICK, QUICK_POLICIES) if args.quick else (FULL, POLICIES)
-    result = summary(asyncio.run(measure(seeds, size, policies)), policies)
+    policies = args.policies or policies
+    result = summary(asyncio.run(measure(args.chapter, seeds, size, policies)), policies)
     print(table(result))
     if args.plot is not None:
         plot(result, args.plot)
-    write_result(args.json, {"workloads": result}, "measured", seeds)
+    document = {"chapter": args.chapter, "workloads": result}
+    write_result(args.json, document, "measured", seeds)
 
 
 if __name__ == "__main__":

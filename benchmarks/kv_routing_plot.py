@@ -9,7 +9,15 @@ mpl.use("agg")
 
 from matplotlib import pyplot as plt
 
-COLORS = {"random": "#9aa0a6", "round_robin": "#c58b3b", "least_loaded": "#3b78c5", "kv": "#76b900"}
+COLORS = {
+    "random": "#9aa0a6",
+    "round_robin": "#c58b3b",
+    "least_loaded": "#3b78c5",
+    "kv": "#76b900",
+    "dynamo": "#8b5fc0",
+    "earliest_start": "#1d1f1a",
+}
+OTHER = "#d0d0d0"
 PANELS = (("ttft_p50_ms", "TTFT p50, ms"), ("cached_share", "cached share of the prompt tokens"))
 
 
@@ -23,7 +31,7 @@ def plot(workloads: list[dict[str, Any]], path: Path) -> None:
             for place, row in enumerate(rows):
                 rounds = row["rounds"][key]
                 x = number + (place - (len(rows) - 1) / 2) * width
-                axis.bar(x, row[key], width, color=COLORS[row["name"]],
+                axis.bar(x, row[key], width, color=COLORS.get(row["name"], OTHER),
                          label=row["name"] if number == 0 else None)  # fmt: skip
                 axis.plot([x, x], [min(rounds), max(rounds)], color="black", linewidth=1)
             if key == "cached_share":
