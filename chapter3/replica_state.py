@@ -65,16 +65,17 @@ class ReplicaState:
             messages.append(self._policies())
         return messages
 
-    def apply(self, message: ReplicaMessage, now: float) -> None:
-        """Another router says this."""
+    def apply(self, topic: str, message: ReplicaMessage, now: float) -> None:
+        """The router with this topic says this."""
         selector = self._selector
         if isinstance(message, Routed):
             known = message.request_id in selector.active.requests
             if not known and message.router != self.topic:
-                self._routed_by[message.request_id] = message.router
+                self._routed_by[message.request_id] = message.router or topic
                 selector.count(message, now - message.age_s)
         elif isinstance(message, Reported):
             selector.report(message.report, now)
+            selector.changed()
         elif isinstance(message, EngineFailed):
             selector.health.failed(message.instance, message.request_id, now)
             selector.fail(message.instance)
@@ -94,7 +95,7 @@ class ReplicaState:
         for message in messages:
             if isinstance(message, Routed):
                 listed.add(message.request_id)
-            self.apply(message, now)
+            self.apply(topic, message, now)
         active = self._selector.active.requests
         for request_id, router in list(self._routed_by.items()):
             if router == topic and request_id in active and request_id not in listed:

@@ -155,7 +155,7 @@ class Replicas:
                 seq = expected - 1  # the snapshot has it
                 continue
             for message in _decode(payload).messages:
-                self.state.apply(message, time.monotonic())
+                self.state.apply(source.topic, message, time.monotonic())
 
 
 @asynccontextmanager

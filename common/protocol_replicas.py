@@ -17,7 +17,7 @@ class Routed(msgspec.Struct, array_like=True, tag=True):
     `names` are those of its full blocks, of which the engine has the first `overlap`. Of its
     prompt, `own_tokens` are to be computed, and with those sent there before it `tokens`. It
     takes `own_blocks` that no other request can share. It `waits` if others do. `router` is the
-    topic of the one that chose.
+    topic of the one that chose, if that is not the one that says so.
     """
 
     request_id: str
