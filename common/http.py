@@ -11,6 +11,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 * 1024
 CLOSE_S = 2.0
+# A client that takes nothing of its answer for so long is as good as gone; it would also hold
+# up a drain.
+UNREAD_S = 20.0
 
 
 class _Server(uvicorn.Server):
@@ -22,9 +25,14 @@ class _Server(uvicorn.Server):
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's parser, which would keep a request's headers and trailers whatever their size."""
+    """uvicorn's connection, with bounds that it lacks.
+
+    It would keep a request's headers and trailers whatever their size, and wait for ever for a
+    client that does not read.
+    """
 
     beside_body = 0
+    unread: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         self.beside_body += len(data)
@@ -39,6 +47,23 @@ class _BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.beside_body = 0
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._client_reads()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._client_reads()
+
+    def _client_reads(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
 
 
 class HttpServer:

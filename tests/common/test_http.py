@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
+from common import http
 from common.http import HttpServer, client_gone, http_server, listen
 
 import pytest
@@ -137,6 +138,46 @@ async def test_a_drain_that_is_given_up_closes_the_connections(
             assert await asyncio.wait_for(reader.read(), 1) == b""
     assert "Traceback" not in caplog.text
     assert "Exception in ASGI" not in caplog.text
+
+
+async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep its request in flight for ever, and a drain with it."""
+    monkeypatch.setattr(http, "UNREAD_S", 0.2)
+    gone = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        left = asyncio.ensure_future(client_gone(receive))
+        while not left.done():
+            part = {"type": "http.response.body", "body": b"x" * 65536, "more_body": True}
+            await send(part)
+            await asyncio.sleep(0)
+        gone.set()
+
+    async with http_server(endless, listen("127.0.0.1", 0)) as server:
+        address = urlsplit(server.url)
+        _, writer = await asyncio.open_connection(address.hostname, address.port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait_for(gone.wait(), 20)
+        await asyncio.wait_for(server.drain(), 10)
+        writer.transport.abort()
+
+
+async def test_a_large_answer_arrives_whole() -> None:
+    """Writing is paused and resumed again and again."""
+    size = 32 * 2**20  # more than the sockets hold
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    async with http_server(large, listen("127.0.0.1", 0)) as server:
+        address = urlsplit(server.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(await reader.read(-1)) > size
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_an_error_in_the_block_is_not_replaced(caplog: pytest.LogCaptureFixture) -> None:
