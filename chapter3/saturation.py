@@ -1,8 +1,10 @@
 """Whether an engine has as much to do as it should be given.
 
 What an engine has been sent stands in its own queue, first come first served. What waits in the
-router can still be put in order, and go to whichever engine is free first. So an engine is given
-little more than it can run: just enough that it never waits for the router.
+router can still be put in order, and go to whichever engine has room first. So when all engines
+have a little more than they can run, just enough that none waits for the router, they get nothing
+more. While one has room, the policy chooses among all of them, as in Dynamo: it may prefer one
+without for what is cached there.
 """
 
 from dataclasses import dataclass
@@ -13,11 +15,10 @@ from chapter3.workers import Worker
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine is given, at most.
+    """An engine is saturated that has one of these.
 
-    `engine_queue` requests more than it runs at once; no further one while running requests hold
-    more than `kv_usage` (0 to 1) of its blocks, or the prompts sent there take longer than
-    `prefill_s` to compute.
+    `engine_queue` requests more than it runs at once; running requests that hold more than
+    `kv_usage` (0 to 1) of its blocks; prompts that take longer than `prefill_s` to compute.
     """
 
     engine_queue: int = 1
@@ -26,7 +27,7 @@ class Limits:
 
 
 def is_saturated(worker: Worker, load: EngineLoad, limits: Limits, now: float) -> bool:
-    """Whether the engine is to get nothing more now. One that has nothing to do never is."""
+    """Whether the engine has reached a limit; one that has nothing to do never has."""
     metrics = worker.metrics
     if metrics is None:
         requests = in_flight = load.prefill_requests + load.decode_requests
