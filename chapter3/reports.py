@@ -25,6 +25,10 @@ class Reporter:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def never_sent(self, request_id: str) -> None:
+        """Nobody waits for the router's choice any more, if there is one."""
+        self.add(RequestReport(request_id, 0, "failed"))
+
     def begin(self) -> None:
         """An attempt begins."""
         self._attempts += 1

@@ -4,6 +4,7 @@ An engine that fails is replaced by another one: as long as nothing has come of 
 request, and after that with one that goes on where the answer broke off.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass
@@ -179,7 +180,11 @@ class _Route:
                 waited_ms=(time.perf_counter() - self._started) * 1e3,
                 admitted=made > 0 or bool(self._tried),
             )
-            found = await find_worker(self._hops.router, wanted, self._context)
+            try:
+                found = await find_worker(self._hops.router, wanted, self._context)
+            except (NoRouterError, asyncio.CancelledError):
+                self._hops.reporter.never_sent(wanted.request_id)  # it may have chosen all the same
+                raise
             self.attempt = Attempt(self._hops.reporter, wanted.request_id, found.instance_id)
             self._tried.append(found.instance_id)
             if found.instance_id in self._hops.engine.instance_ids():

@@ -423,6 +423,7 @@ async def test_a_client_that_leaves_when_the_engine_dies() -> None:
 
 
 async def test_a_client_that_leaves_while_the_router_is_asked() -> None:
+    """The router may have chosen all the same, and must not wait for the end of it."""
     run = Run(FakeEngine(4), FakeEngine())
 
     def leave() -> None:
@@ -431,3 +432,4 @@ async def test_a_client_that_leaves_while_the_router_is_asked() -> None:
     run.router.on_ask = leave
     assert "The router gave no answer" in str(await run.fails())
     assert run.used == [1, 0]
+    assert run.kinds[-1] == ("request/1", 0, "failed")
