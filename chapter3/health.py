@@ -10,10 +10,12 @@ longer each time. Needs no network and no clock: `now` is in seconds of any cloc
 forward.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from statistics import median
 
-from chapter3.engine_record import RETRY_S, EngineRecord, Figures, Sent
+from chapter3.engine_record import MIN_FAILURES, RETRY_S, EngineRecord, Figures, Sent
 from chapter3.outliers import MIN_SAMPLES, SLOW_RATIO, Slow, Usual, middle, slow, usual
 from common.protocol_routing import HealthState
 from common.telemetry import log
@@ -25,6 +27,8 @@ PROBES = 2
 # Who was not looking for so long (this process was stopped, say) knows nothing for a moment.
 BLIND_AFTER_S = 1.5
 BLIND_S = 1.0
+JUDGE_SPEED_S = 1.0
+MANY = 16  # engines, among which one hardly moves the middle
 
 # How much worse a reason must be for one engine to take another's place in quarantine.
 CLEARLY_WORSE = 1.5
@@ -42,7 +46,9 @@ class FleetHealth:
         self.canaries = canaries
         self.engines: dict[int, EngineRecord] = {}
         self._usual: dict[int, Usual] = {}
-        self._checked: float | None = None
+        self._usual_of_all: dict[str, Usual] = {}
+        self._speed_judged = -math.inf
+        self._checked = -math.inf
         self._blind_until = 0.0
 
     def state(self, instance: int) -> HealthState:
@@ -120,18 +126,21 @@ class FleetHealth:
             if instance not in self.engines:
                 self.engines[instance] = EngineRecord(seen.worker_id, seen.model, now, now, now)
             self.engines[instance].see(seen, now)
-        if self._checked is not None and now - self._checked > BLIND_AFTER_S:
+        if now - self._checked > BLIND_AFTER_S and math.isfinite(self._checked):
             self._blind_until = now + BLIND_S
         self._checked = now
         if now < self._blind_until:
             return
-        self._usual = {key: usual(engine.latencies) for key, engine in self.engines.items()}
+        judges_speed = now - self._speed_judged >= JUDGE_SPEED_S
+        if judges_speed:
+            self._speed_judged = now
+            self._take_usual()
         for instance, engine in self.engines.items():
-            reason, badness = self._evidence(instance, engine, now)
+            reason, badness = self._evidence(instance, engine, now, speed=judges_speed)
             if engine.state != "quarantined":
                 if reason and engine.serves:  # else nobody is sent there anyway
                     self._quarantine(engine, reason, badness, now)
-                elif engine.state == "healthy":
+                elif engine.state == "healthy" and judges_speed:
                     engine.why = ""
             elif reason:
                 engine.why, engine.badness = reason, badness
@@ -143,23 +152,38 @@ class FleetHealth:
         """The engines that should have a canary request now."""
         return [key for key, engine in self.engines.items() if engine.canary_due(now)]
 
-    def _evidence(self, instance: int, engine: EngineRecord, now: float) -> tuple[str, float]:
+    def _take_usual(self) -> None:
+        """Learn what is usual for each engine, and for all with the same model."""
+        self._usual = {key: usual(engine.latencies) for key, engine in self.engines.items()}
+        by_model = defaultdict[str, list[Usual]](list)
+        for key, engine in self.engines.items():
+            by_model[engine.model].append(self._usual[key])
+        many = {model: known for model, known in by_model.items() if len(known) > MANY}
+        self._usual_of_all = {model: middle(known) for model, known in many.items()}
+
+    def _evidence(
+        self, instance: int, engine: EngineRecord, now: float, *, speed: bool
+    ) -> tuple[str, float]:
         """What there is against an engine, and how much that weighs."""
         if engine.figures is not None and engine.figures.silent:
             return "it sends no metrics", SILENT
-        others = [other for other in self.engines.values() if other is not engine]
-        shares = [other.failures()[1] for other in others if other.ends]
-        if failing := engine.failing(now, median(shares) if shares else 0.0):
-            return failing, FAILING
+        failures, _ = engine.failures()
+        if failures >= MIN_FAILURES:
+            others = [other for other in self.engines.values() if other is not engine]
+            shares = [other.failures()[1] for other in others if other.ends]
+            if failing := engine.failing(now, median(shares) if shares else 0.0):
+                return failing, FAILING
         if waited := engine.overdue_s(self._others(instance), now):
             return f"no first token for {waited:.1f} s", OVERDUE
-        if found := self._slow(instance, MIN_SAMPLES):
+        if speed and (found := self._slow(instance, MIN_SAMPLES)):
             return found.why, found.ratio
         return "", 0.0
 
     def _others(self, instance: int) -> Usual:
         """What is usual for the other engines with this model."""
         model = self.engines[instance].model
+        if model in self._usual_of_all:
+            return self._usual_of_all[model]
         return middle([
             known
             for other, known in self._usual.items()
@@ -204,20 +228,16 @@ class FleetHealth:
         if engine.state == "probing":
             return True
         out, room = self._out(engine.model)
-        if len(out) < room:
-            return True
-        if not out or out[0].badness * CLEARLY_WORSE > badness:
-            return False
-        self._release(out[0], now)
-        return True
+        if out and len(out) >= room and out[0].badness * CLEARLY_WORSE <= badness:
+            self._release(out.pop(0), now)
+        return len(out) < room
 
     def _out(self, model: str) -> tuple[list[EngineRecord], int]:
         """Those that are not healthy, the least bad first, and how many these may be."""
         serving = [e for e in self.engines.values() if e.serves and e.model == model]
         out = [engine for engine in serving if engine.state != "healthy"]
-        return sorted(out, key=lambda engine: engine.badness), int(
-            len(serving) * MAX_QUARANTINED_SHARE
-        )
+        room = int(len(serving) * MAX_QUARANTINED_SHARE)
+        return sorted(out, key=lambda engine: engine.badness), room
 
     def _keep_enough(self, now: float) -> None:
         for model in {engine.model for engine in self.engines.values()}:
@@ -226,5 +246,5 @@ class FleetHealth:
                 self._release(engine, now)
 
     def _release(self, engine: EngineRecord, now: float) -> None:
-        log.warning("worker %d serves again, because too few others do", engine.worker_id)
+        log.warning("worker %d serves again: too few others do", engine.worker_id)
         engine.become("healthy", f"{engine.why}, but too few others can serve", now)

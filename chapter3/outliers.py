@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 WINDOW_S = 30.0
-WINDOW_SAMPLES = 64
+WINDOW_SAMPLES = 32
 MIN_SAMPLES = 5  # of the engine that is judged
 MIN_SAMPLES_OTHERS = 2
 SLOW_RATIO = 3.0
