@@ -152,14 +152,11 @@ class Selector:
         self, workers: Sequence[Worker], block_hashes: Callable[[int], list[int]]
     ) -> tuple[dict[int, list[int]], dict[int, list[int]], dict[int, int]]:
         """A prompt's hashes and names by block size, and how many are cached by instance id."""
-        hashes: dict[int, list[int]] = {}
-        names: dict[int, list[int]] = {}
-        cached: dict[int, int] = {}
-        for block_size in {worker.source.info.block_size for worker in workers}:
-            hashes[block_size] = block_hashes(block_size)
-            names[block_size] = prefix_names(hashes[block_size])
-            cached |= self.index.overlaps(hashes[block_size])
-        return hashes, names, cached
+        sizes = {worker.source.info.block_size for worker in workers}
+        hashes = {size: block_hashes(size) for size in sizes}
+        names = {size: prefix_names(known) for size, known in hashes.items()}
+        overlaps = [self.index.overlaps(known) for known in hashes.values()]
+        return hashes, names, {key: blocks for each in overlaps for key, blocks in each.items()}
 
     def _worker_views(
         self,
