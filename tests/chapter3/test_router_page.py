@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 from chapter3.decision import PolicyInUse
+from common.protocol_watch import WatchedQueue
 from tests.chapter1.helpers import eventually
 from tests.chapter3.browser import chromium, opened
 from tests.chapter3.page_server import FIRST_ENGINE, PageServer, deciding, page_server
@@ -153,6 +154,23 @@ async def test_an_engine_that_is_ill_and_one_that_left(server: PageServer, page:
     router.selector.remove(FIRST_ENGINE + 1)
     await pw.expect(page.locator(".card")).to_have_count(3)
     await pw.expect(card(page, 1)).to_have_count(0)
+
+
+async def test_requests_that_wait_in_the_router(server: PageServer, page: pw.Page) -> None:
+    router = server.routers.add()
+    await pw.expect(page.locator("#queued")).to_have_text("0")
+    router.watched.queue = lambda: WatchedQueue(
+        waiting=3,
+        limit=100,
+        oldest_ms=250.0,
+        waiting_by_priority={"5": 2, "0": 1},
+        waiting_by_tenant={EVIL: 3},
+        refused=7,
+    )
+    await pw.expect(page.locator("#queued")).to_have_text("3")
+    queue = page.locator("#queue")
+    for text in ("3 of at most 100", "250 ms", "5: 2 · 0: 1", f"{EVIL}: 3", "7"):
+        await pw.expect(queue).to_contain_text(text)
 
 
 async def test_several_routers_and_one_that_goes(server: PageServer, page: pw.Page) -> None:
