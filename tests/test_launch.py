@@ -417,6 +417,8 @@ def test_what_is_no_address_of_a_server(folder: Path) -> None:
         (["chapter1", "--backend", "magic"], 2, "'llamacpp', 'simulated'"),
         (["chapter2", "--policy", "magic"], 2, "'kv', 'least_loaded', 'round_robin', 'random'"),
         (["chapter1", "--policy", "kv"], 1, "--policy: chapter1 has no router"),
+        (["chapter2", "--routers", "2"], 1, "--routers: chapter2 has at most one"),
+        (["chapter3", "--routers", "0"], 2, "'0' is not a whole number of at least 1"),
         (["chapter2", "--policy", "dynamo"], 2, "--policy: 'dynamo' is none of 'kv', "),
         (["chapter2", "--policy", "x.py:f"], 2, "--policy: 'x.py:f' is none of 'kv', "),
         (["chapter2", "--shadow", "magic"], 1, "--shadow: chapter2 has no router with a second"),

@@ -68,7 +68,7 @@ async def test_a_slow_engine_loses_its_traffic(
         ) as running,
         http_client(running.url) as client,
     ):
-        running.commands["engine2"] += engine_settings(decode_base_ms=200)
+        running.commands["engine2"] += [*engine_settings(decode_base_ms=200), "--tag=old"]
         running.start("engine2")
         await running.wait_ready()
         router = router_of(running)
@@ -80,5 +80,6 @@ async def test_a_slow_engine_loses_its_traffic(
 
         await eventually(is_out, timeout=60)
         assert set(await ask_some(client, "without it")) == {0, 1}
-        reason = (await router.workers())[2].health_reason
-        assert "times what the others would take" in reason
+        slow = (await router.workers())[2]
+        assert "times what the others would take" in slow.health_reason
+        assert slow.tags == ("old",)
