@@ -18,8 +18,14 @@ FAST_FAILURE_S = 2.0
 DIED = "Stream ended"
 # The runtime does not list it: it is not there yet or not any more, or failed a moment ago.
 NOT_LISTED = "not found for endpoint"
-# Nobody listens there; it left before the stream began; it is not listed.
-REFUSALS = ("NATS request", "before response stream", NOT_LISTED)
+# Nobody listens there; it left before the request went out, or before the stream began; it is
+# not listed.
+REFUSALS = (
+    "NATS request",
+    "before request could be sent",
+    "before response stream",
+    NOT_LISTED,
+)
 
 
 async def dispatch(

@@ -10,6 +10,9 @@ import pytest
 from dynamo.runtime import Context
 
 REFUSED = Exception("Unavailable: NATS request to ns_engine.generate-1 failed")
+REMOVED = Exception(
+    "Unavailable: Worker removed before request could be sent (tombstoned instance)"
+)
 LEFT = Exception("Unavailable: Worker disconnected before response stream was established")
 GONE = Exception("Unavailable: instance_id=7 not found for endpoint ns/engine/generate")
 DIED = ValueError("Unavailable: Stream ended before generation completed")
@@ -44,6 +47,7 @@ async def collect(instances: Instances, context: Context | None = None) -> list[
     "failures",
     [
         [REFUSED],
+        [REMOVED],
         [LEFT],
         [GONE],
         [[DIED]],

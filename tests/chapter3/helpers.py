@@ -19,7 +19,7 @@ class Router(Chapter2Router):
         """The choice of the router (if there are several: of this instance)."""
         path = f"{self.running.namespace}.router.find_worker"
         request = {"token_ids": token_ids, "model": MODEL, **fields}
-        (output,) = await self.caller.call(path, request, RouteOutput, instance)
+        *_, output = await self.caller.call(path, request, RouteOutput, instance)
         return output
 
     async def policy(self, instance: int | None = None, **fields: Any) -> PolicyState:

@@ -65,15 +65,15 @@ async def test_a_processor_that_stops_tells_how_its_last_requests_ended(
     ):
         router = router_of(p)
 
-        async def active() -> int:
+        async def is_active(requests: int) -> bool:
             found = await router.route([1, 2, 3])
-            return -round(sum(candidate.score for candidate in found.candidates))
+            return -round(sum(candidate.score for candidate in found.candidates)) == requests
 
         async with stream(client, chat(max_tokens=60)) as answer:
             await answer.read_text()
-            assert await active() == 1
+            await eventually(lambda: is_active(1))
             stopping = asyncio.create_task(p.processes["processor"].stop())
             await answer.read_all()
             assert answer.finish_reason == "length"
         await stopping
-        assert await active() == 0
+        await eventually(lambda: is_active(0))
