@@ -54,7 +54,9 @@ async def ask_router(client: Client, request: Any, answer: type[T], context: Con
     for instance in in_turn(client.instance_ids(), time.monotonic()):
         try:
             # The time is for each item: a request that waits in the router is told so.
-            return await _items(_stream(client, instance, request, context), answer)
+            items = await _items(_stream(client, instance, request, context), answer)
+            _avoid_until.pop(instance, None)
+            return items
         except TimeoutError:
             _avoid_until[instance] = time.monotonic() + AVOID_S
             message = f"The router did not answer within {ROUTER_ANSWER_S:.0f} s."
@@ -75,9 +77,13 @@ def in_turn(instances: Sequence[int], now: float) -> list[int]:
     ids = sorted(instances)
     start = next(_turn) % max(len(ids), 1)
     ids = ids[start:] + ids[:start]
-    for instance in [known for known, until in _avoid_until.items() if until <= now]:
-        del _avoid_until[instance]
-    return sorted(ids, key=lambda instance: instance in _avoid_until)
+    due = {instance for instance, until in _avoid_until.items() if until <= now}
+    for instance in due:
+        if instance in ids:
+            _avoid_until[instance] = now + AVOID_S  # this one request shows how it is
+        else:
+            del _avoid_until[instance]
+    return sorted(ids, key=lambda instance: (instance not in due, instance in _avoid_until))
 
 
 async def _stream(

@@ -60,10 +60,20 @@ async def test_a_hung_router_costs_its_time_once_and_then_nothing_for_a_while() 
     assert routers.asked.count(2) == 1
 
 
-async def test_a_hung_router_is_asked_again_after_a_while() -> None:
+async def test_a_hung_router_is_asked_again_after_a_while_by_one_request_alone() -> None:
     chapter3.router_client._avoid_until[2] = 100.0
     assert [in_turn([1, 2], 99.0)[0] for _ in range(4)] == [1] * 4
-    assert {in_turn([1, 2], 101.0)[0] for _ in range(2)} == {1, 2}
+    assert [in_turn([1, 2], 101.0)[0] for _ in range(4)] == [2, 1, 1, 1]
+    assert in_turn([1, 2], 112.0)[0] == 2
+    assert in_turn([1], 130.0) == [1]
+    assert chapter3.router_client._avoid_until == {}
+
+
+async def test_a_router_that_answers_again_has_its_turn_again() -> None:
+    routers = FakeRouters(2)
+    chapter3.router_client._avoid_until[2] = 0.0
+    assert await routers.ask() == 2
+    assert {await routers.ask() for _ in range(2)} == {1, 2}
 
 
 async def test_a_router_that_is_gone_costs_no_request() -> None:
