@@ -16,6 +16,7 @@ EXPIRE_S = 600.0
 ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
 MIN_MEASURED_TOKENS = 64  # what takes less is mostly overhead
 MEASURED_KEPT = 0.95  # of what was measured before, each time
+NEW_ANSWER_SHARE = 0.1  # of an answer in the mean of their lengths in time
 # Engines are alike, and only measured with noise, unless one is clearly faster or slower: small
 # differences would send every prompt that is cached nowhere to the same one.
 MEASURED_ENOUGH = 16  # prompts
@@ -36,6 +37,7 @@ class ActiveRequest:
     own_blocks: int
     in_prefill: bool = True
     waits: bool = False
+    first_token: float = 0.0
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class EngineLoad:
     prefill_tokens_per_s: float = ASSUMED_PREFILL_TOKENS_PER_S
     measured_tokens_per_s: float = 0.0
     measurements: int = 0
+    answer_s: float = 0.0
     _shared: Counter[int] = field(default_factory=Counter)
     _prefills: dict[str, ActiveRequest] = field(default_factory=dict)  # in the order of arrival
     _last_first_token: float = 0.0
@@ -108,6 +111,10 @@ class EngineLoad:
 
     def remove(self, request: ActiveRequest, now: float) -> None:
         """Its prefill has ended."""
+        if request.first_token and now > request.first_token:
+            answer_s = now - request.first_token
+            share = NEW_ANSWER_SHARE if self.answer_s else 1.0
+            self.answer_s += share * (answer_s - self.answer_s)
         self._last_end = max(self._last_end, now)
         self.decode_requests -= 1
         self.own_blocks -= request.own_blocks
@@ -156,6 +163,7 @@ class ActiveRequests:
         request = self.requests.get(request_id)
         if request is not None and request.in_prefill:
             load = self.load(request.instance)
+            request.first_token = now
             load.measure(request, now)
             load.end_prefill(request_id, request)
             self._compare_speeds()

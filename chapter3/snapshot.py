@@ -39,7 +39,9 @@ class WorkerView:
     the number of these prompts, `decode_requests` have their first token, and `active_blocks`
     are those of all of them, shared ones counted once; `active_prompt_blocks` are the full ones
     of their prompts alone, and this prompt would add `new_prompt_blocks`. `prefill_s` is the
-    time that the prefill will take by its `prefill_tokens_per_s`, which are measured. `turn`
+    time that the prefill will take by its `prefill_tokens_per_s`, which are measured, as is
+    `answer_s`, the mean time from an answer's first token to its end. The engine runs
+    `max_running` requests at once, if it says so; others wait for one of them to end. `turn`
     counts up with each decision and is that of the last one for this engine. `tags` are what
     the engine was started with; one whose `health` is `probing` takes one request at a time.
     """
@@ -62,6 +64,8 @@ class WorkerView:
     new_prompt_blocks: int = 0
     prefill_s: float = 0.0
     prefill_tokens_per_s: float = 8000.0
+    answer_s: float = 0.0
+    max_running: int | None = None
     turn: int = 0
     tags: frozenset[str] = frozenset()
     health: HealthState = "healthy"

@@ -141,6 +141,8 @@ class Worker:
             new_prompt_blocks=load.new_prompt_blocks(names),
             prefill_s=load.prefill_s(now),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
+            answer_s=load.answer_s,
+            max_running=info.max_running,
             turn=self.turn,
             tags=self.tags,
             health=health,

@@ -103,8 +103,24 @@ def test_earliest_start_is_the_delay_to_this_request_and_to_others() -> None:
         view(1, prefill_s=1.0, overlap_blocks=6, prefill_tokens_per_s=100.0, running=4, waiting=1),
     )
     (first, second) = scored(earliest_start.policy, at)
-    assert first.terms == pytest.approx({"queue": -0.5, "prefill": -1.6, "others": -1.6})
-    assert second.terms == pytest.approx({"queue": -1.0, "prefill": -0.64, "others": -0.64 * 1.5})
+    assert first.terms == pytest.approx(
+        {"place": 0.0, "queue": -0.5, "prefill": -1.6, "others": -1.6}
+    )
+    assert second.terms == pytest.approx(
+        {"place": 0.0, "queue": -1.0, "prefill": -0.64, "others": -0.64 * 1.5}
+    )
+
+
+def test_earliest_start_counts_the_wait_for_a_place() -> None:
+    """Eight run at once, answers take 4 s: one ends every half second."""
+    at = snapshot(
+        view(0, running=8, waiting=2, max_running=8, answer_s=4.0),
+        view(1, running=8, max_running=8, answer_s=4.0),
+        view(2, running=7, max_running=8, answer_s=4.0),
+        view(3, running=4, waiting=1, answer_s=4.0),
+    )
+    places = [score.terms["place"] for score in scored(earliest_start.policy, at)]
+    assert places == pytest.approx([-1.5, -0.5, 0.0, -1.0])
 
 
 def test_a_long_prompt_keeps_out_of_the_way() -> None:
