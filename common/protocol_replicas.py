@@ -14,10 +14,11 @@ import msgspec
 class Routed(msgspec.Struct, array_like=True, tag=True):
     """A request was sent to an engine, `age_s` ago.
 
-    `names` are those of its full blocks, of which the engine has the first `overlap`. Of its
-    prompt, `own_tokens` are to be computed, and with those sent there before it `tokens`. It
-    takes `own_blocks` that no other request can share. It `waits` if others do. `router` is the
-    topic of the one that chose, if that is not the one that says so.
+    `names` are those of its full blocks (`index.prefix_name`, alike in all routers that run the
+    same Python), of which the engine has the first `overlap`. Of its prompt, `own_tokens` are
+    to be computed, and with those sent there before it `tokens`. It takes `own_blocks` that no
+    other request can share. It `waits` if others do. `router` is the topic of the one that
+    chose, if that is not the one that says so.
     """
 
     request_id: str
