@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# A request whose end nobody reports (its processor was killed) does not count for ever.
+# A request whose end nobody reports (its processor was killed) does not count for ever: it ends
+# when its engine always had fewer than were sent there for LOST_AFTER_S, or in any case after EXPIRE_S.
+LOST_AFTER_S = 5.0
 EXPIRE_S = 600.0
 ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
 MIN_MEASURED_TOKENS = 64  # what takes less is mostly overhead
@@ -58,6 +60,8 @@ class EngineLoad:
     _last_end: float = 0.0
     _measured_tokens: float = 0.0
     _measured_s: float = 0.0
+    _too_many: int = 0  # requests that the engine did not have, at least, since
+    _too_many_since: float = 0.0
 
     @property
     def active_blocks(self) -> int:
@@ -108,6 +112,18 @@ class EngineLoad:
             self._measured_s = MEASURED_KEPT * self._measured_s + seconds
             self.measured_tokens_per_s = self._measured_tokens / self._measured_s
             self.measurements += 1
+
+    def lost(self, in_engine: int, now: float) -> int:
+        """How many requests the engine, which has so many now, has long not had."""
+        too_many = self.prefill_requests + self.decode_requests - in_engine
+        if too_many <= 0 or not self._too_many:
+            self._too_many, self._too_many_since = max(too_many, 0), now
+            return 0
+        self._too_many = min(self._too_many, too_many)
+        if now - self._too_many_since < LOST_AFTER_S:
+            return 0
+        lost, self._too_many = self._too_many, 0
+        return lost
 
     def remove(self, request: ActiveRequest, now: float) -> None:
         """Its prefill has ended."""
@@ -177,6 +193,20 @@ class ActiveRequests:
         if request.in_prefill:
             load.end_prefill(request_id, request)
         load.remove(request, now)
+
+    def reconcile(self, instance: int, in_engine: int, now: float) -> list[str]:
+        """Forget the requests that an engine, which has so many now, must have lost; their ids."""
+        count = self.load(instance).lost(in_engine, now)
+        if not count:
+            return []
+        oldest = [
+            request_id
+            for request_id, request in self.requests.items()
+            if request.instance == instance and now - request.since > LOST_AFTER_S
+        ][:count]
+        for request_id in oldest:
+            self.finish(request_id, now)
+        return oldest
 
     def remove_instance(self, instance: int) -> None:
         """The engine has left or lost all it had."""

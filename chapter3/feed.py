@@ -112,7 +112,11 @@ class Feed:
     async def _follow_metrics(self, worker: Worker, socket: zmq.asyncio.Socket) -> None:
         while True:
             _, _, payload = await socket.recv_multipart()
-            worker.hear(_decode_metrics(payload).metrics, time.monotonic())
+            metrics, now = _decode_metrics(payload).metrics, time.monotonic()
+            worker.hear(metrics, now)
+            in_engine = metrics.running + metrics.waiting
+            for request_id in self.selector.active.reconcile(worker.instance, in_engine, now):
+                self.selector.health.ended(worker.instance, request_id)
             self.selector.changed()
 
     async def _follow_events(self, worker: Worker, socket: zmq.asyncio.Socket) -> None:

@@ -109,8 +109,9 @@ class Selector:
         self.health.ended(instance, request_id)
 
     def finished(self, output_tokens: int) -> None:
-        """An answer had so many tokens: the next ones may, too."""
-        self.mean_output_tokens += MEAN_OUTPUT_SHARE * (output_tokens - self.mean_output_tokens)
+        """An answer had so many tokens: the next ones may, too; a refusal has none."""
+        if output_tokens:
+            self.mean_output_tokens += MEAN_OUTPUT_SHARE * (output_tokens - self.mean_output_tokens)
 
     def fail(self, instance: int) -> None:
         """A request to this engine failed: forget what it had, until it is heard of again."""

@@ -233,3 +233,25 @@ def test_to_wait_for_a_place_is_not_to_compute_slowly() -> None:
             active.finish(f"{number - 1}", at + 9.9)
         active.first_token(name, at + (10.0 if number else 0.1))
     assert active.load(1).measured_tokens_per_s == pytest.approx(8000, rel=0.3)
+
+
+def test_requests_that_the_engine_long_has_not_had_are_forgotten() -> None:
+    """A processor that was killed reports no ends; the engine's own count tells."""
+    active = ActiveRequests()
+    for number in range(3):
+        active.add(str(number), 1, prefill_tokens=10, names=[], own_blocks=1, now=float(number))
+        active.first_token(str(number), float(number))
+    assert active.reconcile(1, 1, 10.0) == []
+    assert active.reconcile(1, 2, 12.0) == []
+    assert active.reconcile(1, 1, 14.9) == []
+    assert active.reconcile(1, 1, 15.0) == ["0"], "one was missing all the time, the oldest"
+    assert active.load(1).decode_requests == 2
+
+
+def test_a_request_on_its_way_to_the_engine_is_not_forgotten() -> None:
+    active = ActiveRequests()
+    for second in range(20):
+        active.add(str(second), 1, prefill_tokens=10, names=[], own_blocks=1, now=float(second))
+        assert active.reconcile(1, second, second + 0.1) == []
+        assert active.reconcile(1, second + 1, second + 0.2) == []
+    assert len(active.requests) == 20
