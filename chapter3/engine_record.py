@@ -74,6 +74,7 @@ class EngineRecord:
     badness: float = 0.0
     probed: int = 0
     suspect: bool = False
+    last_canary: float = 0.0
     figures: Figures | None = None
     latencies: Latencies = field(default_factory=Latencies)
     sent: dict[str, Sent] = field(default_factory=dict)  # in the order of arrival
@@ -193,8 +194,9 @@ class EngineRecord:
         unused = now - self.used
         if self.state != "healthy":
             return self.state == "quarantined" or unused >= PROBE_INTERVAL_S
-        interval = SUSPECT_CANARY_INTERVAL_S if self.suspect else IDLE_CANARY_INTERVAL_S
-        return not self.real_requests and unused >= interval
+        if self.suspect:  # busy or not: long answers tell late how they go
+            return now - self.last_canary >= SUSPECT_CANARY_INTERVAL_S
+        return not self.real_requests and unused >= IDLE_CANARY_INTERVAL_S
 
     def forget_evidence(self) -> None:
         """What was sent has testified; what comes of it now says nothing new."""

@@ -80,7 +80,7 @@ class FleetHealth:
     ) -> None:
         """A request went to an engine; see `engine_record.Sent`."""
         if engine := self.engines.get(instance):
-            engine.used = now
+            engine.used, engine.last_canary = now, now if canary else engine.last_canary
             engine.sent[request_id] = Sent(now, tokens, own_tokens, canary, waits)
 
     def first_token(self, instance: int, request_id: str, seconds: float, now: float) -> None:
@@ -175,6 +175,7 @@ class FleetHealth:
                 return failing, FAILING
         if waited := engine.overdue_s(self._others(instance), now):
             return f"no first token for {waited:.1f} s", OVERDUE
+        engine.suspect |= speed and self._slow(instance, 1) is not None
         if speed and (found := self._slow(instance, MIN_SAMPLES)):
             return found.why, found.ratio
         return "", 0.0
@@ -196,8 +197,7 @@ class FleetHealth:
 
     def _probed(self, instance: int, engine: EngineRecord, now: float) -> None:
         """A request of a doubtful engine was answered."""
-        found = self._slow(instance, 1)
-        if found is not None:
+        if found := self._slow(instance, 1):
             self._quarantine(engine, found.why, found.ratio, now)
         elif engine.state == "quarantined":
             self._probe(engine, now)

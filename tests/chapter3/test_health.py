@@ -393,3 +393,19 @@ def test_what_a_late_answer_took_is_not_held_against_an_engine_that_is_back() ->
         fleet.health.finished(0, f"late {n}", 1.0, 20, fleet.now)
     fleet.run(5)
     assert fleet.out() == []
+
+
+def test_a_slow_engine_that_is_busy_with_long_answers_is_found_by_canaries() -> None:
+    """Its requests would tell only at their end; one slow first token is enough to look closer."""
+    fleet = Fleet()
+    fleet.run(5)
+    fleet.first_token_s[2] = 2.0
+    fleet.health.sent(2, "long", fleet.now, tokens=10, own_tokens=10)
+    fleet.health.engines[2].latencies.clear()
+    fleet.health.first_token(2, "long", 2.0, fleet.now)
+    for _ in range(40):
+        for engine in fleet.health.canaries_due(fleet.now):
+            fleet.request(engine, canary=True)
+        fleet.now += CHECK_S
+        fleet.check()
+    assert fleet.out() == [2]
