@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # A request whose end nobody reports (its processor was killed) does not count for ever: it ends
-# when its engine always had fewer than were sent there for LOST_AFTER_S, or in any case after EXPIRE_S.
+# when its engine had fewer than were sent there all the time for LOST_AFTER_S, or after EXPIRE_S.
 LOST_AFTER_S = 5.0
 EXPIRE_S = 600.0
 ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
