@@ -29,7 +29,6 @@ CHECK_INTERVAL_S = 0.25
 PROMPT = [100, 101, 102, 103]
 # One answered so late was stuck with an engine that is well now, or that is for others to say.
 LATE_S = 3.0
-LOST_AFTER_S = 5.0
 
 _request = to_wire(
     GenerateRequest(PROMPT, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
@@ -51,7 +50,6 @@ class Canaries:
         while True:
             now = time.monotonic()
             health.check(figures(self._selector.workers, now), now)
-            forget_lost(self._selector, now)
             self._selector.changed()
             for instance in self._tasks.keys() - self._selector.workers.keys():
                 await self._stop(instance)
@@ -118,19 +116,6 @@ def figures(workers: dict[int, Worker], now: float) -> dict[int, Figures]:
             done=metrics.prompt_tokens + metrics.output_tokens if metrics else 0,
         )
     return known
-
-
-def forget_lost(selector: Selector, now: float) -> None:
-    """Whoever was to report the end of requests is gone, if their engine has none any more."""
-    for instance, worker in selector.workers.items():
-        load, metrics = selector.active.load(instance), worker.metrics
-        if metrics is None or metrics.running or metrics.waiting or worker.is_silent(now):
-            continue
-        if load.prefill_requests or load.decode_requests:
-            requests = list(selector.active.requests.items())
-            for request_id, request in requests:
-                if request.instance == instance and now - request.since > LOST_AFTER_S:
-                    selector.active.finish(request_id)
 
 
 def add_health_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import chapter3.canary
 import chapter3.engine_record
-from chapter3.canary import add_health_arguments, forget_lost, watching_health
+from chapter3.canary import add_health_arguments, watching_health
 from chapter3.selector import Selector
 from common.protocol import EngineOutput, ErrorInfo, GenerateRequest, from_wire, to_wire
 from tests.chapter1.helpers import eventually
-from tests.chapter3.fleet import FIRST, fleet, load, route
+from tests.chapter3.fleet import FIRST, fleet, route
 
 import pytest
 from dynamo.runtime import Client, Context
@@ -126,19 +126,6 @@ async def test_engines_that_leave_end_their_canaries() -> None:
         await eventually(lambda: SECOND in engines.asked)
         selector.remove(SECOND)
         await eventually(lambda: SECOND not in selector.health.engines)
-
-
-def test_requests_that_an_idle_engine_should_have_are_forgotten_after_a_while() -> None:
-    """Whoever was to report their end was killed."""
-    selector = fleet("round_robin")
-    for number in range(4):
-        selector.select(route([number] * 8, request_id=f"{number}/0"), 0.0)
-    selector.workers[FIRST].hear(load(running=1), 6.0)
-    selector.workers[SECOND].hear(load(), 6.0)
-    forget_lost(selector, 4.0)
-    assert len(selector.active.requests) == 4
-    forget_lost(selector, 6.0)
-    assert {request.instance for request in selector.active.requests.values()} == {FIRST}
 
 
 @pytest.mark.parametrize("text", ["1", "0.5", "-3", "three", "nan"])
