@@ -5,7 +5,7 @@ Both run in this process; `KvRouter` hears of events through NATS, `SelectionSer
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -40,18 +40,20 @@ class PeerUnavailableError(Exception):
 
 
 @asynccontextmanager
-async def selection_service(fleet: Fleet) -> AsyncIterator[SelectionService]:
-    """A `SelectionService` that has taken every message of the fleet over ZMQ.
+async def subscribed_service(
+    instances: Sequence[int], block_size: int, total_kv_blocks: int, max_batched_tokens: int
+) -> AsyncIterator[tuple[SelectionService, dict[int, zmq.asyncio.Socket]]]:
+    """A `SelectionService`, and for each engine the ZMQ socket whose events it takes.
 
     Raises:
-        PeerUnavailableError: it did not take them in time.
+        PeerUnavailableError: it did not subscribe to all in time.
     """
     service = SelectionService(indexer_threads=2)
     context = zmq.asyncio.Context()
-    context.set(zmq.MAX_SOCKETS, 2 * len(fleet.instances) + 8)
+    context.set(zmq.MAX_SOCKETS, 2 * len(instances) + 8)
     publishers: dict[int, zmq.asyncio.Socket] = {}
     try:
-        for instance in fleet.instances:
+        for instance in instances:
             publisher = publishers[instance] = context.socket(zmq.XPUB)  # sees who subscribes
             publisher.sndhwm = 0
             publisher.linger = 0
@@ -61,9 +63,9 @@ async def selection_service(fleet: Fleet) -> AsyncIterator[SelectionService]:
                     "worker_id": instance,
                     "model_name": MODEL,
                     "endpoint": f"http://worker-{instance}",
-                    "block_size": BLOCK_SIZE,
-                    "total_kv_blocks": 2 * fleet.blocks_each,
-                    "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+                    "block_size": block_size,
+                    "total_kv_blocks": total_kv_blocks,
+                    "max_num_batched_tokens": max_batched_tokens,
                     "kv_events_endpoint": f"tcp://127.0.0.1:{port}",
                 }
             )
@@ -73,6 +75,22 @@ async def selection_service(fleet: Fleet) -> AsyncIterator[SelectionService]:
                     await publisher.recv()
         except TimeoutError as error:
             raise PeerUnavailableError("it did not subscribe to all engines in time") from error
+        yield service, publishers
+    finally:
+        service.shutdown()
+        context.destroy(linger=0)
+
+
+@asynccontextmanager
+async def selection_service(fleet: Fleet) -> AsyncIterator[SelectionService]:
+    """A `SelectionService` that has taken every message of the fleet over ZMQ.
+
+    Raises:
+        PeerUnavailableError: it did not take them in time.
+    """
+    async with subscribed_service(
+        fleet.instances, BLOCK_SIZE, 2 * fleet.blocks_each, MAX_BATCHED_TOKENS
+    ) as (service, publishers):
         sent = dict.fromkeys(publishers, 0)
         for instance, message in fleet.messages:
             number = sent[instance].to_bytes(8, "big")
@@ -87,24 +105,29 @@ async def selection_service(fleet: Fleet) -> AsyncIterator[SelectionService]:
 
         await _until_filled(fleet, overlap)
         yield service
-    finally:
-        service.shutdown()
-        context.destroy(linger=0)
 
 
 @asynccontextmanager
-async def kv_router(fleet: Fleet) -> AsyncIterator[KvRouter]:
-    """A `KvRouter` that has taken every message of the fleet over Dynamo's event plane.
+async def subscribed_router(
+    instances: Sequence[int],
+    block_size: int,
+    total_kv_blocks: int,
+    max_batched_tokens: int,
+    namespace: str,
+    max_running: int = 32,
+) -> AsyncIterator[tuple[KvRouter, dict[int, KvEventPublisher]]]:
+    """A `KvRouter`, and for each engine, from 1, what publishes the events that it takes.
 
     Its workers are the data-parallel ranks, from 0, of one instance: it chooses among these
-    like among instances, and they need no process each.
+    like among instances, and they need no process each. Who shares a NATS server with others
+    takes a namespace of its own.
 
     Raises:
-        PeerUnavailableError: it did not take them in time.
+        PeerUnavailableError: it did not subscribe to all in time.
     """
     loop = asyncio.get_running_loop()
     runtime = DistributedRuntime(loop, "mem", "tcp", event_plane="nats")
-    endpoint = runtime.endpoint("benchmark.engine.generate")
+    endpoint = runtime.endpoint(f"{namespace}.engine.generate")
 
     async def generate(request: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
         yield {}
@@ -113,10 +136,10 @@ async def kv_router(fleet: Fleet) -> AsyncIterator[KvRouter]:
     try:
         await (await endpoint.client()).wait_for_instances()
         config = ModelRuntimeConfig()
-        config.total_kv_blocks = 2 * fleet.blocks_each
-        config.max_num_seqs = 32
-        config.max_num_batched_tokens = MAX_BATCHED_TOKENS
-        config.data_parallel_size = len(fleet.instances)
+        config.total_kv_blocks = total_kv_blocks
+        config.max_num_seqs = max_running
+        config.max_num_batched_tokens = max_batched_tokens
+        config.data_parallel_size = len(instances)
         config.enable_local_indexer = True  # from which the router gets what it has missed
         await register_model(
             ModelInput.Tokens,
@@ -125,18 +148,34 @@ async def kv_router(fleet: Fleet) -> AsyncIterator[KvRouter]:
             MODEL,
             MODEL,
             worker_type=WorkerType.Aggregated,
-            kv_cache_block_size=BLOCK_SIZE,
+            kv_cache_block_size=block_size,
             runtime_config=config,
             skip_model_assets=True,
         )
-        router = KvRouter(endpoint, BLOCK_SIZE, KvRouterConfig())
+        router = KvRouter(endpoint, block_size, KvRouterConfig())
         publishers = {
             instance: KvEventPublisher(
-                endpoint, kv_block_size=BLOCK_SIZE, dp_rank=instance - 1, enable_local_indexer=True
+                endpoint, kv_block_size=block_size, dp_rank=instance - 1, enable_local_indexer=True
             )
-            for instance in fleet.instances
+            for instance in instances
         }
-        await _until_subscribed(router, publishers)
+        await _until_subscribed(router, publishers, block_size)
+        yield router, publishers
+    finally:
+        runtime.shutdown()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+@asynccontextmanager
+async def kv_router(fleet: Fleet) -> AsyncIterator[KvRouter]:
+    """A `KvRouter` that has taken every message of the fleet over Dynamo's event plane.
+
+    Raises:
+        PeerUnavailableError: it did not take them in time.
+    """
+    async with subscribed_router(
+        fleet.instances, BLOCK_SIZE, 2 * fleet.blocks_each, MAX_BATCHED_TOKENS, "benchmark"
+    ) as (router, publishers):
         for instance, message in fleet.messages:
             for event in _decode(message).events:
                 assert isinstance(event, BlockStored)
@@ -153,12 +192,11 @@ async def kv_router(fleet: Fleet) -> AsyncIterator[KvRouter]:
 
         await _until_filled(fleet, overlap)
         yield router
-    finally:
-        runtime.shutdown()
-        await asyncio.gather(serving, return_exceptions=True)
 
 
-async def _until_subscribed(router: KvRouter, publishers: dict[int, KvEventPublisher]) -> None:
+async def _until_subscribed(
+    router: KvRouter, publishers: dict[int, KvEventPublisher], block_size: int
+) -> None:
     """Send each engine's first event until it arrives: what nobody is subscribed to is lost."""
     deadline = time.monotonic() + FILL_TIMEOUT_S
     missing = dict(publishers)
@@ -166,10 +204,10 @@ async def _until_subscribed(router: KvRouter, publishers: dict[int, KvEventPubli
         if time.monotonic() > deadline:
             raise PeerUnavailableError(f"it subscribed to all but {len(missing)} engines")
         for instance, publisher in missing.items():
-            publisher.publish_stored([instance] * BLOCK_SIZE, [BLOCK_SIZE], [instance])
+            publisher.publish_stored([instance] * block_size, [block_size], [instance])
         await asyncio.sleep(CHECK_S)
         for instance in list(missing):
-            if await _rank_overlap(router, [instance] * BLOCK_SIZE, instance):
+            if await _rank_overlap(router, [instance] * block_size, instance):
                 missing.pop(instance).publish_removed([instance])
 
 

@@ -17,36 +17,39 @@ wait for more than 50 ms before their prompt is computed.
 """
 
 import argparse
+import asyncio
 import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import (
-    argument_parser,
-    markdown_table,
-    median,
-    with_spread,
-    write_result,
-)
+from benchmarks.report import argument_parser, write_result
+from benchmarks.router_peers import PeerUnavailableError
 from benchmarks.router_trace_plot import plot
 from benchmarks.trace import TraceRequest, load_trace
 from benchmarks.trace_engine import EngineSettings
 from benchmarks.trace_measure import Figures, Run, measure
+from benchmarks.trace_peers import PEERS
+from benchmarks.trace_summary import check, comparisons, summary, table
 from benchmarks.trace_workloads import WORKLOADS, workload
-from chapter3.policy_loader import DEFAULT_POLICY, POLICIES
+from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
+from launch.children import Children
+from launch.errors import LaunchError
+from launch.servers import nats_server
 
-SPEEDS = [0.5, 1.0, 1.25, 1.5, 1.75, 2.0]
+SPEEDS = [0.5, 1.0, 1.25, 1.5, 2.0]
 CACHE_BLOCKS = [1000, 2000, 4000]
 SEEDS = [1, 2, 3]
-QUEUED_SHARE = 0.25
-NO_PEERS = (DEFAULT_POLICY, "oracle", "bound")
+QUICK_SPEEDS = [1.0, 1.5]
+QUICK_CACHE_BLOCKS = [2000]
+QUICK_SEEDS = [1]
 BUILT_IN_REQUESTS = 4000
-BUILT_IN_RATE = 10.0  # a second
+BUILT_IN_RATES = {"chats": 10.0, "documents": 10.0, "mixed": 10.0}  # requests a second
 
 
 _trace: list[TraceRequest] = []  # of a worker process
@@ -56,152 +59,150 @@ def _remember(trace: list[TraceRequest]) -> None:
     _trace[:] = trace
 
 
-def _measure(run: Run) -> tuple[Run, Figures]:
-    return run, measure(_trace, run)
+def _measure(run: Run) -> Figures | str:
+    try:
+        return measure(_trace, run)
+    except PeerUnavailableError as error:
+        return str(error)
 
 
-def measure_all(trace: list[TraceRequest], runs: list[Run]) -> Iterator[tuple[Run, Figures]]:
-    """The runs, one a core at a time."""
+def measure_all(
+    trace: list[TraceRequest], runs: list[Run], left_out: dict[str, str]
+) -> list[tuple[Run, Figures]]:
+    """The runs, one a core at a time; of a peer that one of them lacks, all are left out."""
     context = multiprocessing.get_context("spawn")
+    results: list[tuple[Run, Figures]] = []
     with ProcessPoolExecutor(mp_context=context, initializer=_remember, initargs=(trace,)) as pool:
-        for number, (run, found) in enumerate(pool.map(_measure, runs), start=1):
-            print(f"\r{number} of {len(runs)} replays", end="", file=sys.stderr, flush=True)
-            yield run, found
+        for run, found in zip(runs, pool.map(_measure, runs), strict=True):
+            if isinstance(found, str):
+                left_out[run.policy] = found
+            else:
+                results.append((run, found))
+            done = len(results) + len(left_out)
+            print(f"\r{done} of {len(runs)} replays", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return [(run, found) for run, found in results if run.policy not in left_out]
 
 
-def summary(results: Sequence[tuple[Run, Figures]]) -> list[dict[str, Any]]:
-    """One row for each policy, speed and cache size: medians over the seeds, and the rounds."""
-    grouped: dict[tuple[int, float, str], list[Figures]] = {}
-    for run, found in results:
-        grouped.setdefault((run.cache_blocks, run.speed, run.policy), []).append(found)
-    rows = []
-    for (cache_blocks, speed, policy), rounds in grouped.items():
-        columns = {key: [asdict(found)[key] for found in rounds] for key in asdict(rounds[0])}
-        rows.append(
-            {
-                "name": policy,
-                "speed": speed,
-                "cache_blocks": cache_blocks,
-                **{key: round(median(values), 4) for key, values in columns.items()},
-                "rounds": columns,
-            }
-        )
-    return rows
+def run_all(
+    trace: list[TraceRequest], runs: list[Run], left_out: dict[str, str]
+) -> list[tuple[Run, Figures]]:
+    """`measure_all`, with a NATS server if one of the runs needs it."""
+    if not any(run.policy == "KvRouter" for run in runs):
+        return measure_all(trace, runs, left_out)
+    try:
+        return asyncio.run(with_nats(lambda: measure_all(trace, runs, left_out)))
+    except LaunchError as error:
+        left_out["KvRouter"] = str(error)
+        return measure_all(trace, [run for run in runs if run.policy != "KvRouter"], left_out)
 
 
-def comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours beside the best peer, at the load where that begins to queue, by cache size."""
-    found = []
-    for cache_blocks in sorted({row["cache_blocks"] for row in rows}):
-        for speed in sorted({row["speed"] for row in rows}):
-            here = {
-                row["name"]: row
-                for row in rows
-                if (row["cache_blocks"], row["speed"]) == (cache_blocks, speed)
-            }
-            peers = [row for name, row in here.items() if name not in NO_PEERS]
-            if not peers or DEFAULT_POLICY not in here:
-                continue
-            ours, best = here[DEFAULT_POLICY], min(peers, key=lambda row: row["ttft_mean_ms"])
-            if best["waiting_share"] < QUEUED_SHARE:
-                continue
-            oracle = here.get("oracle")
-            found.append(
-                {
-                    "name": f"{cache_blocks} blocks, {speed:g}x",
-                    "best_peer": best["name"],
-                    "ttft_p50_ratio": ours["ttft_p50_ms"] / best["ttft_p50_ms"],
-                    "ttft_p95_ratio": ours["ttft_p95_ms"] / best["ttft_p95_ms"],
-                    "hit_rate_of_oracle": oracle and ours["hit_rate"] / oracle["hit_rate"],
-                    "imbalance": ours["imbalance"],
-                }
-            )
-            break
-    return found
+async def with_nats(work: Callable[[], Any]) -> Any:
+    """What `work` returns; meanwhile there is a NATS server, by which KvRouter hears of events.
+
+    Raises:
+        LaunchError: it does not start.
+    """
+    with Children() as children:
+        async with nats_server(children) as nats:
+            os.environ["NATS_SERVER"] = nats.url
+            # It logs an error for everything that a runtime watched when it is shut down.
+            os.environ["DYN_LOG"] += ",dynamo_runtime::storage::kv=off"
+            return await asyncio.to_thread(work)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    header = ["cache", "speed", "policy", "TTFT p50 ms", "TTFT p95 ms", "hit rate"]
-    header += ["busiest engine", "waited > 50 ms"]
-    lines = [
-        [
-            f"{row['cache_blocks']:,}",
-            f"{row['speed']:g}x",
-            row["name"],
-            with_spread(row["rounds"]["ttft_p50_ms"]),
-            with_spread(row["rounds"]["ttft_p95_ms"]),
-            f"{row['hit_rate']:.3f}",
-            f"{row['imbalance']:.2f}",
-            f"{row['waiting_share']:.0%}",
-        ]
-        for row in rows
-    ]
-    return markdown_table(header, lines)
-
-
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.Namespace, list[TraceRequest]]:
+    """The arguments, and the trace that they name."""
     parser = argument_parser(__doc__)
     parser.add_argument("--trace", metavar="FILE", type=Path, help="in Mooncake's format")
     parser.add_argument(
         "--workload",
         choices=tuple(WORKLOADS),
         default="chats",
-        help="made by hand, with no --trace",
+        help="made by hand, with no --trace (%(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=16, help="engines (%(default)s)")
-    parser.add_argument("--limit", type=int, help="only the trace's first so many requests")
-    policies = [*POLICIES, "oracle", "bound"]
+    parser.add_argument("--workers", type=_count, default=16, help="engines (%(default)s)")
+    parser.add_argument(
+        "--limit", type=_count, metavar="N", help="only the trace's first N requests"
+    )
+    policies = [*POLICIES, *PEERS, "oracle", "bound"]
     parser.add_argument(
         "--policies", type=lambda text: text.split(","), default=policies, metavar="NAME,NAME",
         help=f"({','.join(policies)})",
     )  # fmt: skip
-    parser.add_argument("--speeds", type=_numbers, metavar="X,X", help="of the trace's pace")
+    parser.add_argument("--speeds", type=_list_of(float), metavar="X,X", help="of the trace's pace")
     parser.add_argument(
-        "--cache-blocks", type=_numbers, metavar="N,N", help="an engine's, of 512 tokens"
+        "--cache-blocks", type=_list_of(int), metavar="N,N", help="an engine's, of 512 tokens"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the TTFTs here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.speeds = args.speeds or (QUICK_SPEEDS if args.quick else SPEEDS)
+    args.cache_blocks = args.cache_blocks or (QUICK_CACHE_BLOCKS if args.quick else CACHE_BLOCKS)
+    args.seeds = QUICK_SEEDS if args.quick else SEEDS
+    try:
+        for name in set(args.policies) - {*PEERS, "oracle", "bound"}:
+            load_policy(name)
+        if args.trace:
+            trace = load_trace(args.trace, args.limit)
+        else:
+            count = args.limit or BUILT_IN_REQUESTS
+            trace = workload(args.workload, 0, count, count / BUILT_IN_RATES[args.workload])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not trace:
+        parser.error(f"{args.trace} has no requests")
+    return args, trace
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _list_of(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
+    def numbers(text: str) -> list[float]:
+        values = [kind(part) for part in text.split(",")]
+        if not all(0 < value < float("inf") for value in values):
+            raise argparse.ArgumentTypeError(f"{text}: all must be above 0")
+        return values
+
+    return numbers
 
 
 def main() -> None:
-    args = parse_args()
-    if args.trace:
-        trace = load_trace(args.trace, args.limit)
-    else:
-        count = args.limit or BUILT_IN_REQUESTS
-        trace = workload(args.workload, 0, count, count / BUILT_IN_RATE)
-    quick = args.quick
-    speeds = args.speeds or ([1.0, 1.5] if quick else SPEEDS)
-    caches = [int(n) for n in args.cache_blocks or ([2000] if quick else CACHE_BLOCKS)]
-    grid = product(caches, speeds, args.policies, SEEDS)
+    args, trace = parse_args()
+    left_out: dict[str, str] = {}
+    grid = product(args.cache_blocks, args.speeds, args.policies, args.seeds)
     runs = [
         Run(policy, speed, cache_blocks, seed, args.workers)
         for cache_blocks, speed, policy, seed in grid
     ]
-    rows = summary(list(measure_all(trace, runs)))
+    results = run_all(trace, runs, left_out)
+    check(results, len(trace))
+    rows = summary(results)
     compared = comparisons(rows)
     print(table(rows))
+    for name, reason in left_out.items():
+        print(f"\nLeft out: {name}: {reason}")
     for one in compared:
         print(
-            f"\n{one['name']}, where {one['best_peer']} begins to queue: {DEFAULT_POLICY} has "
-            f"{one['ttft_p50_ratio']:.2f} of its TTFT p50, {one['ttft_p95_ratio']:.2f} of its p95"
+            f"\n{one['name']}, where {one['best_peer']}, the best peer, begins to queue: "
+            f"{DEFAULT_POLICY} has {one['ttft_p50_ratio']:.2f} of the peers' lowest TTFT p50, "
+            f"{one['ttft_p95_ratio']:.2f} of their lowest p95"
         )
     if args.plot is not None:
         plot(rows, args.plot)
     result = {
         "policies": rows,
         "comparisons": compared,
+        "left_out": left_out,
         "trace": args.trace.name if args.trace else args.workload,
         "requests": len(trace),
         "workers": args.workers,
         "engine": asdict(EngineSettings()),
     }
-    write_result(args.json, result, "simulated", SEEDS)
+    write_result(args.json, result, "simulated", args.seeds)
 
 
 if __name__ == "__main__":

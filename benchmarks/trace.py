@@ -8,19 +8,24 @@ https://github.com/kvcache-ai/Mooncake (FAST25-release).
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 BLOCK_SIZE = 512
 
+HashId = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 2**20)]  # what is above marks events
+
 
 class TraceRequest(msgspec.Struct, frozen=True):
-    """One request; `timestamp` in ms."""
+    """One request; `timestamp` in ms. Recorded traces do not tell tenant and session."""
 
-    timestamp: float
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: int
     output_length: int
-    hash_ids: list[int]
+    hash_ids: list[HashId]
+    tenant: str = ""
+    session: str = ""
 
     @property
     def full_blocks(self) -> list[int]:
@@ -41,7 +46,7 @@ def load_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
             continue
         try:
             request = decode(line)
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         blocks = -(-request.input_length // BLOCK_SIZE)
         if request.input_length < 1 or request.output_length < 1:
@@ -51,6 +56,8 @@ def load_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
                 f"{path}, line {number}: {len(request.hash_ids)} hash ids for {blocks} blocks of "
                 f"{BLOCK_SIZE} tokens"
             )
+        if len(set(request.hash_ids)) < blocks:
+            raise ValueError(f"{path}, line {number}: a hash id occurs twice")
         requests.append(request)
     requests.sort(key=lambda request: request.timestamp)
     return requests[:limit]

@@ -11,19 +11,18 @@ which is `common.engines.simulated`'s step and the time to read the KV cache. Be
 (a request comes, a prompt is computed, an answer ends) all steps are taken to be equally long,
 so that the time of the next event follows by division. A prompt takes one step at least.
 
-A full block is reusable when the prompt it belongs to is computed; blocks that no running request
-holds are evicted least recently used first, a prefix's end before its beginning. A request
-holds its blocks, those of its output included, from when it is admitted to its end, so that none
-has to be preempted.
+A full block is reusable when the prompt it belongs to is computed. A request holds its blocks,
+those of its output included, from when it is admitted to its end: none has to be preempted.
 """
 
 import heapq
 import itertools
-from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from benchmarks.trace import BLOCK_SIZE, TraceRequest
+from benchmarks.trace_cache import BlockCache
 from common.protocol import EngineMetrics
 
 
@@ -38,6 +37,16 @@ class EngineSettings:
     decode_ms_per_request: float = 0.2
     decode_ms_per_1k_kv_tokens: float = 0.02
     max_running: int = 256
+
+    def at_speed(self, speed: float) -> "EngineSettings":
+        """Those of an engine that computes `speed` times as fast."""
+        return replace(
+            self,
+            prefill_tokens_per_s=self.prefill_tokens_per_s * speed,
+            decode_base_ms=self.decode_base_ms / speed,
+            decode_ms_per_request=self.decode_ms_per_request / speed,
+            decode_ms_per_1k_kv_tokens=self.decode_ms_per_1k_kv_tokens / speed,
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -66,52 +75,8 @@ class Listener(Protocol):
 
     def stored(self, instance: int, request: TraceRequest, first: int) -> None:
         """The request's full blocks from number `first` on are newly cached."""
-        ...
 
     def removed(self, instance: int, blocks: list[int]) -> None: ...
-
-
-class BlockCache:
-    """Which blocks are cached: held by running requests, or evictable."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self.own = 0  # blocks that are held, but cached for nobody else
-        self._held: dict[int, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
-
-    @property
-    def used(self) -> int:
-        return len(self._held) + self.own
-
-    def match(self, blocks: list[int]) -> int:
-        """How many of the first blocks are cached."""
-        for count, block in enumerate(blocks):
-            if block not in self._held and block not in self._evictable:
-                return count
-        return len(blocks)
-
-    def has_room(self, matched: list[int], own: int) -> bool:
-        """Whether `own` more blocks fit while those that matched are held."""
-        newly_held = sum(1 for block in matched if block not in self._held)
-        return self.used + newly_held + own <= self.blocks
-
-    def hold(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self._evictable.pop(block, None)
-            self._held[block] = self._held.get(block, 0) + 1
-
-    def release(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):  # so that a prefix's end is evicted first
-            self._held[block] -= 1
-            if not self._held[block]:
-                del self._held[block]
-                self._evictable[block] = None
-
-    def evict(self) -> list[int]:
-        """Make room for what is held; the blocks that were evicted."""
-        over = self.used + len(self._evictable) - self.blocks
-        return [self._evictable.popitem(last=False)[0] for _ in range(over)]
 
 
 class TraceEngine:
@@ -136,12 +101,8 @@ class TraceEngine:
 
     @property
     def metrics(self) -> EngineMetrics:
-        return EngineMetrics(
-            running=len(self._prefills) + len(self._decodes),
-            waiting=len(self._waiting),
-            used_blocks=self.cache.used,
-            total_blocks=self.cache.blocks,
-        )
+        running = len(self._prefills) + len(self._decodes)
+        return EngineMetrics(running, len(self._waiting), self.cache.used, self.cache.blocks)
 
     def submit(self, running: Running) -> None:
         """A request arrives now."""
@@ -166,7 +127,7 @@ class TraceEngine:
         """When something will happen if nothing comes; infinity if the engine is idle."""
         seconds = float("inf")
         if self._prefills:
-            seconds = self._prefill_seconds()
+            seconds = self._prefills[0].left * self._prefill_seconds_per_token()
         if self._decodes:
             decode = (self._decodes[0][0] - self._steps) * self._step_seconds()
             seconds = min(seconds, decode)
@@ -216,9 +177,6 @@ class TraceEngine:
     def _prefill_seconds_per_token(self) -> float:
         return self._step_seconds() / self.settings.prefill_chunk
 
-    def _prefill_seconds(self) -> float:
-        return self._prefills[0].left * self._prefill_seconds_per_token()
-
     def _admit(self) -> None:
         settings, cache = self.settings, self.cache
         while self._waiting and len(self._prefills) + len(self._decodes) < settings.max_running:
@@ -227,8 +185,8 @@ class TraceEngine:
             blocks = request.full_blocks
             matched = blocks[: cache.match(blocks)]
             total = -(-(request.input_length + request.output_length) // BLOCK_SIZE)
-            alone = not self._prefills and not self._decodes
-            if not cache.has_room(matched, total - len(matched)) and not alone:
+            others = self._prefills or self._decodes
+            if others and not cache.has_room(matched, total - len(matched)):
                 break
             self._waiting.popleft()
             cache.hold(matched)
@@ -255,8 +213,7 @@ class TraceEngine:
         running.started = self.now
         new = request.input_length - running.cached_tokens
         self.prefilled_tokens += new
-        one_step = self._decode_seconds() / self._prefill_seconds_per_token()
-        running.left = new + one_step
+        running.left = new + self._decode_seconds() / self._prefill_seconds_per_token()  # one step
 
     def _end_prefill(self, running: Running) -> None:
         request, cache = running.request, self.cache

@@ -56,7 +56,8 @@ class SelectorRouter:
         for instance in range(workers):
             # The tree sees blocks of one token, which is the block's id: the hash of its content.
             info = EngineInfo(
-                MODEL, "simulated", 2**31, BLOCK_SIZE, settings.cache_blocks, instance
+                *(MODEL, "simulated", 2**31, BLOCK_SIZE, settings.cache_blocks, instance),
+                max_running=settings.max_running,
             )
             source = KvSource(info, "", "", "")
             self.selector.workers[instance] = Worker(instance, source, synced=True)
@@ -67,7 +68,8 @@ class SelectorRouter:
         view = RequestView(
             prompt_tokens=request.input_length,
             output_tokens=self.selector.mean_output_tokens,
-            session=str(request.hash_ids[0]),
+            session=request.session or str(request.hash_ids[0]),
+            tenant=request.tenant,
         )
         decision = self.selector.select_for(
             view,
@@ -85,7 +87,7 @@ class SelectorRouter:
         self.selector.active.first_token(running.id, now)
 
     def finished(self, running: Running, now: float) -> None:
-        self.selector.active.finish(running.id)
+        self.selector.active.finish(running.id, now)
         self.selector.finished(running.request.output_length)
 
     def stored(self, instance: int, request: TraceRequest, first: int) -> None:
@@ -120,20 +122,15 @@ class Oracle:
             ),
         )
 
-    def metrics(self, engine: TraceEngine, now: float) -> None:
-        pass
+    def metrics(self, engine: TraceEngine, now: float) -> None: ...
 
-    def first_token(self, running: Running, now: float) -> None:
-        pass
+    def first_token(self, running: Running, now: float) -> None: ...
 
-    def finished(self, running: Running, now: float) -> None:
-        pass
+    def finished(self, running: Running, now: float) -> None: ...
 
-    def stored(self, instance: int, request: TraceRequest, first: int) -> None:
-        pass
+    def stored(self, instance: int, request: TraceRequest, first: int) -> None: ...
 
-    def removed(self, instance: int, blocks: list[int]) -> None:
-        pass
+    def removed(self, instance: int, blocks: list[int]) -> None: ...
 
 
 @dataclass
@@ -171,9 +168,14 @@ class Replay:
 
     @property
     def imbalance(self) -> float:
-        """The busiest engine's time at work, over the mean of all."""
+        """The busiest engine over the mean of all, by what makes the larger difference.
+
+        That is its time at work or the prompt tokens it has computed: an engine that decodes one
+        answer is at work as long as one that computes prompts, too.
+        """
         busy = [engine.busy_s for engine in self.engines]
-        return max(busy) / (sum(busy) / len(busy))
+        computed = [engine.prefilled_tokens for engine in self.engines]
+        return max(max(work) * len(work) / sum(work) for work in (busy, computed))
 
 
 def arrivals(trace: Sequence[TraceRequest], speed: float, seed: int) -> list[Running]:
@@ -193,18 +195,29 @@ def replay(
     workers: int,
     settings: EngineSettings,
     make_router: Callable[[], Router],
+    speeds: Sequence[float] = (),
 ) -> Replay:
-    """Run all requests to their end.
+    """Run all requests to their end; `speeds` are the engines', 1 being that of `settings`.
 
     Raises:
         RuntimeError: a request did not end.
     """
     router = make_router()
-    engines = [TraceEngine(instance, settings, router) for instance in range(workers)]
+    engines = [
+        TraceEngine(instance, settings.at_speed(speed), router)
+        for instance, speed in enumerate(speeds or [1.0] * workers)
+    ]
     result = Replay(requests, engines)
     due: list[tuple[float, int]] = []  # a heap of engines' next events; outdated ones stay in
-    tick = 0.0
     position = 0
+    ticks = [-1] * workers  # at which each engine's figures were last sent
+
+    def send_metrics(engine: TraceEngine, now: float) -> None:
+        """Those of the last tick: they have not changed since, or they would have been sent."""
+        if (tick := int(now / METRICS_INTERVAL_S)) > ticks[engine.instance]:
+            ticks[engine.instance] = tick
+            router.metrics(engine, tick * METRICS_INTERVAL_S)
+
     while True:
         while due and engines[due[0][1]].next_event() > due[0][0] + 1e-9:
             heapq.heappop(due)  # outdated
@@ -213,18 +226,16 @@ def replay(
         now = min(arrival, event)
         if now == float("inf"):
             break
-        while tick <= now:
-            for engine in engines:
-                engine.advance(tick)
-                router.metrics(engine, tick)
-            tick += METRICS_INTERVAL_S
         if event <= arrival:
             engine = engines[heapq.heappop(due)[1]]
+            send_metrics(engine, now)
             engine.advance(now)
             engine.happen()
         else:
             running = requests[position]
             position += 1
+            for engine in engines:
+                send_metrics(engine, now)
             engine = engines[router.choose(running, engines, now)]
             result.routed.append(engine.instance)
             engine.advance(now)

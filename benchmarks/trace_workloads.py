@@ -19,12 +19,13 @@ def blocks_for(tokens: int) -> int:
 
 
 def request(
-    arrived_s: float, tokens: int, output: int, shared: list[int], ids: Ids
+    arrived_s: float, tokens: int, output: int, shared: list[int], ids: Ids, session: str = ""
 ) -> TraceRequest:
     """A request that begins with shared blocks; the others are its own."""
     missing = blocks_for(tokens) - len(shared)
     own = [next(ids) for _ in range(missing)]
-    return TraceRequest(arrived_s * 1e3, tokens, output, [*shared, *own][: blocks_for(tokens)])
+    blocks = [*shared, *own][: blocks_for(tokens)]
+    return TraceRequest(arrived_s * 1e3, tokens, output, blocks, session=session)
 
 
 def chats(rng: random.Random, count: int, seconds: float) -> Iterator[TraceRequest]:
@@ -35,10 +36,11 @@ def chats(rng: random.Random, count: int, seconds: float) -> Iterator[TraceReque
         shared = rng.choice(systems)
         tokens = len(shared) * BLOCK_SIZE
         arrived = rng.uniform(0, seconds)
+        session = f"chat {made}"
         for _ in range(min(rng.randint(1, 12), count - made)):
             tokens += round(rng.lognormvariate(6.5, 1.0)) + 1
             output = min(round(rng.lognormvariate(4.5, 0.8)) + 1, 1000)
-            turn = request(arrived, tokens, output, shared, ids)
+            turn = request(arrived, tokens, output, shared, ids, session)
             yield turn
             made += 1
             shared = turn.full_blocks
