@@ -94,6 +94,8 @@ class EngineRecord:
         """Take its own figures."""
         before, self.figures = self.figures, figures
         self.latencies.forget_before(now - WINDOW_S)
+        while self.ends and now - self.ends[0][0] > FAILURES_WINDOW_S:
+            self.ends.popleft()
         if before is None or figures.done != before.done:
             self.progress = now
         if not figures.silent and not figures.busy and (before is None or not before.busy):
@@ -144,10 +146,8 @@ class EngineRecord:
     def tokens_to_compute(self) -> int:
         return sum(sent.own_tokens for sent in self.sent.values() if not sent.first_token)
 
-    def failing(self, now: float, others_share: float) -> str:
+    def failing(self, others_share: float) -> str:
         """Why its failures are too many, or nothing."""
-        while self.ends and now - self.ends[0][0] > FAILURES_WINDOW_S:
-            self.ends.popleft()
         failures, share = self.failures()
         if failures < MIN_FAILURES or share < max(MIN_FAILURE_SHARE, 2 * others_share):
             return ""

@@ -171,7 +171,7 @@ class FleetHealth:
         if failures >= MIN_FAILURES:
             others = [other for other in self.engines.values() if other is not engine]
             shares = [other.failures()[1] for other in others if other.ends]
-            if failing := engine.failing(now, median(shares) if shares else 0.0):
+            if failing := engine.failing(median(shares) if shares else 0.0):
                 return failing, FAILING
         if waited := engine.overdue_s(self._others(instance), now):
             return f"no first token for {waited:.1f} s", OVERDUE

@@ -279,6 +279,19 @@ def test_failures_that_all_engines_have_alike_are_not_the_engines() -> None:
     assert fleet.out() == []
 
 
+def test_how_requests_ended_is_remembered_for_seconds_and_not_for_ever() -> None:
+    fleet = Fleet()
+    fleet.run(10)
+    some = len(fleet.health.engines[0].ends)
+    fleet.run(60)
+    assert len(fleet.health.engines[0].ends) <= 2 * some
+    fleet.failing = {1}
+    fleet.request(1)
+    fleet.failing = set()
+    fleet.run(20)
+    assert fleet.health.engines[1].failures() == (0, 0.0)
+
+
 def test_who_fails_right_after_it_came_back_is_kept_out_longer_each_time_up_to_a_bound() -> None:
     fleet = Fleet()
     lengths = []
