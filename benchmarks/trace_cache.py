@@ -45,6 +45,6 @@ class BlockCache:
                 self._evictable[block] = None
 
     def evict(self) -> list[int]:
-        """Make room for what is held; the blocks that were evicted."""
-        over = self.used + len(self._evictable) - self.blocks
+        """Make room for what is held, all there is if that is too much; the blocks evicted."""
+        over = min(self.used + len(self._evictable) - self.blocks, len(self._evictable))
         return [self._evictable.popitem(last=False)[0] for _ in range(over)]

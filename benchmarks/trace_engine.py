@@ -12,7 +12,8 @@ which is `common.engines.simulated`'s step and the time to read the KV cache. Be
 so that the time of the next event follows by division. A prompt takes one step at least.
 
 A full block is reusable when the prompt it belongs to is computed. A request holds its blocks,
-those of its output included, from when it is admitted to its end: none has to be preempted.
+those of its output included, from when it is admitted to its end, so that none has to be
+preempted; one that the cache is too small for runs alone.
 """
 
 import heapq
@@ -146,10 +147,12 @@ class TraceEngine:
     def happen(self) -> None:
         """Do what is due now."""
         tiny = 1e-6
-        if self._prefills and self._prefills[0].left <= tiny:
+        if computed := bool(self._prefills) and self._prefills[0].left <= tiny:
             self._end_prefill(self._prefills.popleft())
         while self._decodes and self._decodes[0][0] <= self._steps + tiny:
             self._finish(heapq.heappop(self._decodes)[2])
+        if computed and self._prefills:
+            self._start_prefill(self._prefills[0])
         self._admit()
 
     def _new_tokens(self, request: TraceRequest) -> float:
@@ -169,10 +172,8 @@ class TraceEngine:
         return milliseconds / 1e3
 
     def _step_seconds(self) -> float:
-        seconds = self._decode_seconds()
-        if self._prefills:
-            seconds += self.settings.prefill_chunk / self.settings.prefill_tokens_per_s
-        return seconds
+        prefill = self.settings.prefill_chunk / self.settings.prefill_tokens_per_s
+        return self._decode_seconds() + (prefill if self._prefills else 0.0)
 
     def _prefill_seconds_per_token(self) -> float:
         return self._step_seconds() / self.settings.prefill_chunk
@@ -233,8 +234,6 @@ class TraceEngine:
         last = self._steps + request.output_length - 1
         heapq.heappush(self._decodes, (last, next(self._numbers), running))
         self._listener.first_token(running, self.now)
-        if self._prefills:
-            self._start_prefill(self._prefills[0])
 
     def _finish(self, running: Running) -> None:
         running.finished = self.now
