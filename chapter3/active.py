@@ -73,6 +73,8 @@ class EngineLoad:
 
     def new_prompt_blocks(self, names: Sequence[int]) -> int:
         """How many of a prompt's full blocks, given by their names, no request here has."""
+        if not names or names[0] not in self._shared:
+            return len(names)
         # Who has a block has all those before it, so the first one that is missing is searched.
         return len(names) - bisect.bisect(names, 0, key=lambda name: name not in self._shared)
 
@@ -150,9 +152,10 @@ class ActiveRequests:
         self._usual_tokens_per_s = ASSUMED_PREFILL_TOKENS_PER_S
 
     def load(self, instance: int) -> EngineLoad:
-        return self._loads.setdefault(
-            instance, EngineLoad(prefill_tokens_per_s=self._usual_tokens_per_s)
-        )
+        load = self._loads.get(instance)  # asked for each engine at each decision
+        if load is None:
+            load = self._loads[instance] = EngineLoad(prefill_tokens_per_s=self._usual_tokens_per_s)
+        return load
 
     def add(
         self,
