@@ -24,6 +24,7 @@ from benchmarks.trace import BLOCK_SIZE as TRACE_BLOCK_SIZE
 from benchmarks.trace import TraceRequest
 from benchmarks.trace_engine import EngineSettings, Running, TraceEngine
 from common.kv import BlockRemoved, BlockStored, KvEvent, KvEventBatch
+from launch.servers import check_nats
 
 import msgspec
 import zmq.asyncio
@@ -194,6 +195,7 @@ def prompt_of(request: TraceRequest) -> list[int]:
 
 @asynccontextmanager
 async def kv_router_peer(workers: int, settings: EngineSettings) -> AsyncIterator[Peer]:
+    check_nats(os.environ["NATS_SERVER"])  # the runtime would wait for it for ever
     async with subscribed_router(
         range(1, workers + 1),
         BLOCK_SIZE,

@@ -91,6 +91,7 @@ def test_a_prompt_slows_down_what_decodes_and_is_slowed_down_by_it() -> None:
     """The first one's 10 steps, then 100 ms longer ones with the prompt, then 11 ms again."""
     first, second = asks(0.0, 1000, 1001), asks(1.22, 1000, 1)
     lives(first, second)
+    assert second.first_token is not None
     assert second.first_token == pytest.approx(1.22 + 1000 * 0.111 / 100 + 0.011)
     steps = 10 + (second.first_token - 1.22) / 0.111
     assert first.finished == pytest.approx(second.first_token + (1000 - steps) * 0.011)
@@ -101,6 +102,7 @@ def test_requests_decode_together() -> None:
     first, second = asks(0.0, 1000, 101), asks(1.11, 1, 51)
     lives(first, second)
     assert second.first_token is not None
+    assert second.finished is not None
     assert second.finished == pytest.approx(second.first_token + 50 * 0.012)
     taken = (second.first_token - 1.11) / 0.111 + 50
     assert first.finished == pytest.approx(second.finished + (100 - taken) * 0.011)
