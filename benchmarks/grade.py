@@ -8,6 +8,7 @@ The policy routes three workloads on eight simulated engines, in virtual time, a
 built-in ones and an oracle, which knows what every engine has cached and has still to do. The
 workloads are drawn anew each time, so that no policy is made for them. See
 benchmarks/grade_workloads.py for what they are and benchmarks/grade_marks.py for the points.
+What the policy prints is not shown.
 
 The exit status is 0 for a pass, 1 if the policy does not pass or does not work, and 2 if there
 is no such policy.

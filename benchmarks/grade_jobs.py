@@ -18,8 +18,8 @@ import msgspec
 
 REFERENCES = ("random", "least_loaded", "kv", "earliest_start")
 PARTS = 3 + (len(REFERENCES) + 2) * len(GRADED)
-LIMIT_S = 30.0
-DECISIONS = 30_000
+LIMIT_S = 40.0
+DECISIONS = 20_000
 CHURN_S = 15.0
 TRACED = 3.0  # times slower while memory is traced
 HOPELESS = 5.0  # times the allowed time of a decision: not worth the wait for the rest
