@@ -184,21 +184,22 @@ def main() -> None:
     rows = summary(results)
     compared = comparisons(rows)
     print(table(rows))
-    for name, reason in left_out.items():
-        print(f"\nLeft out: {name}: {reason}")
+    for policy, reason in left_out.items():
+        print(f"\nLeft out: {policy}: {reason}")
     for one in compared:
         print(
             f"\n{one['name']}, where {one['best_peer']}, the best peer, begins to queue: "
             f"{DEFAULT_POLICY} has {one['ttft_p50_ratio']:.2f} of the peers' lowest TTFT p50, "
             f"{one['ttft_p95_ratio']:.2f} of their lowest p95"
         )
+    name = args.trace.name if args.trace else args.workload
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot(rows, args.plot, f"{name} on {args.workers} engines")
     result = {
         "policies": rows,
         "comparisons": compared,
         "left_out": left_out,
-        "trace": args.trace.name if args.trace else args.workload,
+        "trace": name,
         "requests": len(trace),
         "workers": args.workers,
         "engine": asdict(EngineSettings()),
