@@ -169,8 +169,16 @@ def _from_headers(headers: Headers) -> dict[str, str | int | float]:
         if len(texts) > 1:
             message = f"'{name}': Given {len(texts)} times; once is enough."
             raise PipelineError("invalid_request", message, name)
-        values[name] = _checked(name, texts[0])
+        values[name] = _checked(name, _decoded(texts[0]))
     return values
+
+
+def _decoded(text: str) -> str:
+    """Starlette takes a header's bytes for Latin-1; clients that have other letters send UTF-8."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return text
 
 
 def _checked(name: str, text: str) -> str | int | float:

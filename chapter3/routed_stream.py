@@ -151,7 +151,8 @@ class _Route:
         else:
             self._log.info("worker %d: %s", self._chosen.worker_id, self._chosen.reason)
         if lost is not None:
-            made, last = len(self._progress.tokens), self._progress.worker_id
+            made = len(self._progress.tokens)
+            last = self._progress.worker_id if before is None else before.worker_id
             target = "the next in turn" if self._chosen is None else self._chosen.worker_id
             self._log.warning(
                 "migrating from worker %s to %s after %d tokens: %s", last, target, made, lost

@@ -59,6 +59,12 @@ def test_the_headers_say_it() -> None:
     assert hints(None, headers) == RoutingHints(7, "caf\xe9", "s", 250.5)
 
 
+@pytest.mark.parametrize("name", ["caf\xe9", "\u65e5\u672c"])
+def test_a_name_in_utf8_is_the_same_in_a_header_as_in_the_body(name: str) -> None:
+    header = ("x-dynamo-tenant-id", name.encode().decode("latin-1"))
+    assert hints({"tenant_id": name}, [header]).tenant == name
+
+
 def test_both_may_say_the_same() -> None:
     nvext = {"tenant_id": "acme", "deadline_ms": 10, "agent_hints": {"priority": 0}}
     headers = [

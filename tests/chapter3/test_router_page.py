@@ -173,6 +173,31 @@ async def test_requests_that_wait_in_the_router(server: PageServer, page: pw.Pag
         await pw.expect(queue).to_contain_text(text)
 
 
+async def test_a_name_that_turns_the_direction_of_text_turns_nothing(
+    server: PageServer, page: pw.Page
+) -> None:
+    """Else one tenant makes the counts of all that stand behind it unreadable."""
+    router = server.routers.add()
+    router.watched.queue = lambda: WatchedQueue(
+        waiting=3, waiting_by_tenant={"\u202eemca": 2, "other": 1}
+    )
+    await pw.expect(page.locator("#queue")).to_contain_text("\ufffdemca: 2 · other: 1")
+
+
+async def test_the_scores_of_our_policy_are_in_sight(server: PageServer, page: pw.Page) -> None:
+    """Four terms, the score and the shadow's fit on a laptop's screen without scrolling."""
+    router = server.routers.add()
+    router.selector.policy = PolicyInUse.named("earliest_start")
+    for _ in range(3):
+        router.decide(1000, end=False)
+    await lines(page).first.click()
+    await pw.expect(page.locator(".terms th")).to_have_count(10)
+    assert await page.evaluate("""() => {
+        const scroll = document.querySelector("tr.detail .scroll");
+        return scroll.scrollWidth <= scroll.clientWidth;
+    }""")
+
+
 async def test_several_routers_and_one_that_goes(server: PageServer, page: pw.Page) -> None:
     first, second = server.routers.add(), server.routers.add()
     await pw.expect(page.locator("#routers")).to_contain_text("2 routers")
