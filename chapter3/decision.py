@@ -1,5 +1,6 @@
 """One routing decision: the policy's, what the shadow policy makes of it, and its explanation."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from chapter3.scoring import PolicyError, Scored, best, reason, scored
 from chapter3.snapshot import Policy, Snapshot, WorkerView
 from common.protocol_routing import PolicyState, RouteOutput, ScoredCandidate
 from common.telemetry import log
+
+MAX_WARNINGS = 10  # about failures of one policy: its messages may differ each time
+SLOW_S = 0.1
 
 
 @dataclass(slots=True)
@@ -41,6 +45,8 @@ class PolicyInUse:
     failure: str = ""
     disagreed: int = 0
     regret_sum: float = 0.0
+    slowest_s: float = 0.0
+    _warnings: int = 0
 
     @classmethod
     def named(cls, name: str) -> "PolicyInUse":
@@ -53,10 +59,23 @@ class PolicyInUse:
 
     def fail(self, error: PolicyError) -> None:
         """A decision failed."""
-        if str(error) != self.failure:  # it may be the same at each of 1,000 decisions a second
+        if str(error) != self.failure and self._warnings < MAX_WARNINGS:
+            self._warnings += 1
             log.warning("policy %s: %s", self.name, error)
         self.failures += 1
         self.failure = str(error)
+
+    def scored(self, snapshot: Snapshot) -> list[Scored]:
+        """Each worker's score; raises as `scoring.scored`."""
+        began = time.perf_counter()
+        try:
+            return scored(self.policy, snapshot)
+        finally:
+            seconds = time.perf_counter() - began
+            if seconds > max(SLOW_S, 2 * self.slowest_s):
+                self.slowest_s = seconds
+                log.warning("policy %s took %.0f ms; the router does nothing else meanwhile",
+                            self.name, seconds * 1e3)  # fmt: skip
 
 
 def decide(snapshot: Snapshot, use: PolicyInUse, shadow: PolicyInUse | None = None) -> Decision:
@@ -64,7 +83,7 @@ def decide(snapshot: Snapshot, use: PolicyInUse, shadow: PolicyInUse | None = No
     use.decisions += 1
     note = ""
     try:
-        scores = scored(use.policy, snapshot)
+        scores = use.scored(snapshot)
     except PolicyError as error:
         use.fail(error)
         note = f"{use.name} failed, the least loaded instead: "
@@ -79,7 +98,7 @@ def decide(snapshot: Snapshot, use: PolicyInUse, shadow: PolicyInUse | None = No
 def _score_in_shadow(shadow: PolicyInUse, decision: Decision) -> None:
     shadow.decisions += 1
     try:
-        decision.shadow = scored(shadow.policy, decision.snapshot)
+        decision.shadow = shadow.scored(decision.snapshot)
     except PolicyError as error:
         shadow.fail(error)
         return

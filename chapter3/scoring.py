@@ -1,5 +1,6 @@
 """Applying a policy: scores in, the choice and its explanation out."""
 
+import itertools
 import math
 import traceback
 from collections.abc import Mapping, Sequence, Set
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 
 from chapter3.snapshot import Policy, Score, Snapshot
+
+MAX_ERROR = 500  # characters; a message may have the whole snapshot in it
 
 
 class PolicyError(Exception):
@@ -27,19 +30,20 @@ def scored(policy: Policy, snapshot: Snapshot) -> list[Scored]:
     Raises:
         PolicyError: the policy is at fault; the message says how.
     """
+    count = len(snapshot.workers)
     try:
         scores = policy(snapshot)
         if isinstance(scores, (Mapping, Set)):
             raise TypeError(f"a {type(scores).__name__} is no list of scores in workers' order")
-        results = [_scored(score) for score in scores]
+        # A generator may never end.
+        results = [_scored(score) for score in itertools.islice(scores, count + 1)]
     except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if place.filename == __file__ else f" ({place.filename}, line {place.lineno})"
-        raise PolicyError(f"the policy failed: {error!r}{where}") from error
-    if len(results) != len(snapshot.workers):
-        raise PolicyError(
-            f"the policy returned {len(results)} scores for {len(snapshot.workers)} workers"
-        )
+        raise PolicyError(f"the policy failed: {error!r:.{MAX_ERROR}}{where}") from error
+    if len(results) != count:
+        number = len(results) if len(results) < count else f"more than {count}"
+        raise PolicyError(f"the policy returned {number} scores for {count} workers")
     return results
 
 

@@ -1,5 +1,6 @@
 """A decision with a policy, with one that fails, and with one in its shadow."""
 
+import itertools
 import logging
 
 from chapter3.decision import PolicyInUse, candidates, decide, output, policy_state
@@ -61,6 +62,34 @@ def test_another_failure_is_told_again(caplog: pytest.LogCaptureFixture) -> None
         for _ in range(3):
             decide(TWO, use)
     assert len(caplog.records) == 2
+
+
+def test_failures_that_differ_each_time_do_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fickle(at: Snapshot) -> list[float]:
+        raise KeyError(use.decisions)
+
+    use = PolicyInUse("fickle", fickle)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(50):
+            decide(TWO, use)
+    assert use.failures == 50
+    assert len(caplog.records) <= 10
+
+
+def test_a_policy_that_holds_up_the_router_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.cycle([0.0, 1.0])
+    monkeypatch.setattr("chapter3.decision.time.perf_counter", lambda: next(ticks))
+    use = fixed(1.0, 0.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            decide(TWO, use)
+    assert [record.getMessage() for record in caplog.records] == [
+        "policy fixed took 1000 ms; the router does nothing else meanwhile"
+    ]
 
 
 def test_a_policy_that_recovers_is_used_again() -> None:

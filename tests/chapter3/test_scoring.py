@@ -1,5 +1,6 @@
 """What a policy may return, what is refused, and who wins."""
 
+import itertools
 import math
 import sys
 from decimal import Decimal
@@ -60,7 +61,8 @@ def test_terms_of_very_different_size_add_up_exactly() -> None:
     ("returned", "message"),
     [
         ([1.0], "the policy returned 1 scores for 2 workers"),
-        ([1.0, 2.0, 3.0], "the policy returned 3 scores for 2 workers"),
+        ([1.0, 2.0, 3.0], "the policy returned more than 2 scores for 2 workers"),
+        (itertools.repeat(1.0), "the policy returned more than 2 scores for 2 workers"),
         ([], "the policy returned 0 scores for 2 workers"),
         (None, "NoneType"),
         (1.0, "float"),
@@ -95,6 +97,15 @@ def test_an_exception_is_told_with_its_place() -> None:
     assert str(raised.value) == (
         f"the policy failed: ZeroDivisionError('division by zero') ({__file__}, line {line})"
     )
+
+
+def test_a_long_message_is_cut() -> None:
+    def broken(at: Snapshot) -> list[float]:
+        raise ValueError("x" * 10_000)
+
+    with pytest.raises(PolicyError) as raised:
+        scored(broken, TWO)
+    assert len(str(raised.value)) < 1000
 
 
 def test_an_exception_of_a_generator_is_the_policys_fault() -> None:
