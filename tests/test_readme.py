@@ -17,7 +17,7 @@ from tests.readme_runner import END, Terminal, run_readme, run_step
 import psutil
 import pytest
 
-DEFAULT_PORTS = (2379, 2380, 4222, 8000)
+DEFAULT_PORTS = (2379, 2380, 4222, 8000, 9100)
 
 READMES = [str(path) for path in project_files() if path.name == "README.md"]
 
