@@ -41,16 +41,16 @@ def add_admission_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="N",
         default=env("ENGINE_QUEUE", str(limits.engine_queue)),
-        help="an engine is saturated when so many requests wait in it; the more, the less there "
-        "is for the router to put in order (env ENGINE_QUEUE, %(default)s)",
+        help="an engine is saturated when it has so many requests more than it runs at once; the "
+        "more, the less there is for the router to put in order (env ENGINE_QUEUE, %(default)s)",
     )
     parser.add_argument(
         "--max-kv-usage",
         type=_share,
         metavar="SHARE",
         default=env("MAX_KV_USAGE", str(limits.kv_usage)),
-        help="or when running requests hold more than this share of its KV blocks, from 0 to 1 "
-        "(env MAX_KV_USAGE, %(default)s)",
+        help="it is so, too, when running requests hold more than this share of its KV blocks, "
+        "from 0 to 1 (env MAX_KV_USAGE, %(default)s)",
     )
     parser.add_argument(
         "--max-prefill-wait",
@@ -70,14 +70,16 @@ def add_admission_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics-port",
         type=port_number,
+        metavar="N",
         default=env("ROUTER_METRICS_PORT") or None,
         help="serve Prometheus metrics at /metrics on this port, 0 for a free one (env "
         "ROUTER_METRICS_PORT; default: not at all)",
     )
     parser.add_argument(
         "--metrics-host",
+        metavar="ADDRESS",
         default=env("ROUTER_METRICS_HOST", "127.0.0.1"),
-        help="and this address (env ROUTER_METRICS_HOST, %(default)s)",
+        help="the address that --metrics-port is on (env ROUTER_METRICS_HOST, %(default)s)",
     )
 
 
