@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,13 @@ BUILT_IN_REQUESTS = 4000
 BUILT_IN_RATES = {"chats": 12.0, "documents": 16.0, "mixed": 4.0}
 
 
+Load = Callable[[], list[TraceRequest]]
+
 _trace: list[TraceRequest] = []  # of a worker process
 
 
-def _remember(trace: list[TraceRequest]) -> None:
-    _trace[:] = trace
+def _remember(load: Load) -> None:
+    _trace[:] = load()
 
 
 def _measure(run: Run) -> Figures | str:
@@ -67,13 +70,15 @@ def _measure(run: Run) -> Figures | str:
         return str(error)
 
 
-def measure_all(
-    trace: list[TraceRequest], runs: list[Run], left_out: dict[str, str]
-) -> list[tuple[Run, Figures]]:
-    """The runs, one a core at a time; of a peer that one of them lacks, all are left out."""
+def measure_all(load: Load, runs: list[Run], left_out: dict[str, str]) -> list[tuple[Run, Figures]]:
+    """The runs, one a core at a time; of a peer that one of them lacks, all are left out.
+
+    Each process loads the trace itself: one that is interrupted while it is handed something
+    large would never be missed.
+    """
     context = multiprocessing.get_context("spawn")
     results: list[tuple[Run, Figures]] = []
-    with ProcessPoolExecutor(mp_context=context, initializer=_remember, initargs=(trace,)) as pool:
+    with ProcessPoolExecutor(mp_context=context, initializer=_remember, initargs=(load,)) as pool:
         for run, found in zip(runs, pool.map(_measure, runs), strict=True):
             if isinstance(found, str):
                 left_out[run.policy] = found
@@ -85,17 +90,15 @@ def measure_all(
     return [(run, found) for run, found in results if run.policy not in left_out]
 
 
-def run_all(
-    trace: list[TraceRequest], runs: list[Run], left_out: dict[str, str]
-) -> list[tuple[Run, Figures]]:
+def run_all(load: Load, runs: list[Run], left_out: dict[str, str]) -> list[tuple[Run, Figures]]:
     """`measure_all`, with a NATS server if one of the runs needs it."""
     if not any(run.policy == "KvRouter" for run in runs):
-        return measure_all(trace, runs, left_out)
+        return measure_all(load, runs, left_out)
     try:
-        return asyncio.run(with_nats(lambda: measure_all(trace, runs, left_out)))
+        return asyncio.run(with_nats(lambda: measure_all(load, runs, left_out)))
     except LaunchError as error:
         left_out["KvRouter"] = str(error)
-        return measure_all(trace, [run for run in runs if run.policy != "KvRouter"], left_out)
+        return measure_all(load, [run for run in runs if run.policy != "KvRouter"], left_out)
 
 
 async def with_nats(work: Callable[[], Any]) -> Any:
@@ -112,8 +115,8 @@ async def with_nats(work: Callable[[], Any]) -> Any:
             return await asyncio.to_thread(work)
 
 
-def parse_args() -> tuple[argparse.Namespace, list[TraceRequest]]:
-    """The arguments, and the trace that they name."""
+def parse_args() -> argparse.Namespace:
+    """The arguments; `load` gives the trace that they name, of `requests` requests."""
     parser = argument_parser(__doc__)
     parser.add_argument("--trace", metavar="FILE", type=Path, help="in Mooncake's format")
     parser.add_argument(
@@ -143,16 +146,17 @@ def parse_args() -> tuple[argparse.Namespace, list[TraceRequest]]:
     try:
         for name in set(args.policies) - {*PEERS, "oracle", "bound"}:
             load_policy(name)
-        if args.trace:
-            trace = load_trace(args.trace, args.limit)
-        else:
+        args.load = partial(load_trace, args.trace, args.limit)
+        if not args.trace:
             count = args.limit or BUILT_IN_REQUESTS
-            trace = workload(args.workload, 0, count, count / BUILT_IN_RATES[args.workload])
+            seconds = count / BUILT_IN_RATES[args.workload]
+            args.load = partial(workload, args.workload, 0, count, seconds)
+        args.requests = len(args.load())
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not trace:
+    if not args.requests:
         parser.error(f"{args.trace} has no requests")
-    return args, trace
+    return args
 
 
 def _count(text: str) -> int:
@@ -172,15 +176,15 @@ def _list_of(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
 
 
 def main() -> None:
-    args, trace = parse_args()
+    args = parse_args()
     left_out: dict[str, str] = {}
     grid = product(args.cache_blocks, args.speeds, args.policies, args.seeds)
     runs = [
         Run(policy, speed, cache_blocks, seed, args.workers)
         for cache_blocks, speed, policy, seed in grid
     ]
-    results = run_all(trace, runs, left_out)
-    check(results, len(trace))
+    results = run_all(args.load, runs, left_out)
+    check(results, args.requests)
     rows = summary(results)
     compared = comparisons(rows)
     print(table(rows))
@@ -200,7 +204,7 @@ def main() -> None:
         "comparisons": compared,
         "left_out": left_out,
         "trace": name,
-        "requests": len(trace),
+        "requests": args.requests,
         "workers": args.workers,
         "engine": asdict(EngineSettings()),
     }

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_a_peer_that_cannot_be_run_is_left_out_with_the_reason(
     monkeypatch.setenv("NATS_SERVER", "nats://127.0.0.1:1")
     left_out: dict[str, str] = {}
     runs = [Run(policy, 1.0, 200, 1, 2) for policy in ("oracle", "KvRouter")]
-    results = measure_all(workload("chats", 0, 20, 5.0), runs, left_out)
+    results = measure_all(partial(workload, "chats", 0, 20, 5.0), runs, left_out)
     assert [run.policy for run, _ in results] == ["oracle"]
     assert "NATS_SERVER=nats://127.0.0.1:1" in left_out["KvRouter"]
 
@@ -118,7 +119,7 @@ def test_without_a_nats_server_only_kv_router_is_left_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(router_trace, "nats_server", no_server)
     left_out: dict[str, str] = {}
     runs = [Run(policy, 1.0, 200, 1, 2) for policy in ("oracle", "KvRouter")]
-    results = router_trace.run_all(workload("chats", 0, 20, 5.0), runs, left_out)
+    results = router_trace.run_all(partial(workload, "chats", 0, 20, 5.0), runs, left_out)
     assert [run.policy for run, _ in results] == ["oracle"]
     assert left_out == {"KvRouter": "nats-server is not on the PATH"}
 
