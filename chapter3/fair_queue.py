@@ -58,6 +58,7 @@ class FairQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._tag = 0.0  # that of the tenant that went last
         self._size = 0
+        self._idle = 0  # tenants that have nothing waiting
 
     def __len__(self) -> int:
         return self._size
@@ -71,7 +72,8 @@ class FairQueue:
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
             tenant = self._tenants[request.tenant] = _Tenant(self._tag)
-        if not tenant.waiting:
+        elif not tenant.waiting:
+            self._idle -= 1
             tenant.tag = max(tenant.tag, self._tag)
         bisect.insort(tenant.waiting, self._entry(request))
         self._size += 1
@@ -82,7 +84,9 @@ class FairQueue:
         del tenant.waiting[bisect.bisect_left(tenant.waiting, self._entry(request))]
         self._size -= 1
         if not tenant.waiting:
-            self._forget_idle()
+            self._idle += 1
+            if self._idle > 2 * REMEMBERED_TENANTS:  # seldom: it goes through all of them
+                self._forget_idle()
 
     def take(self, may_go: Callable[[Queued], bool]) -> Queued | None:
         """The next of those that may go; it waits no longer, and its tenant has had its cost."""
@@ -122,3 +126,4 @@ class FairQueue:
         kept = heapq.nlargest(REMEMBERED_TENANTS, ahead, key=idle.__getitem__)
         for name in idle.keys() - set(kept):
             del self._tenants[name]
+        self._idle = len(kept)

@@ -201,10 +201,10 @@ def test_tenants_that_have_gone_are_forgotten(arrival: Arrivals) -> None:
     """Names of tenants come from clients: new ones for ever must not fill the memory."""
     queue = FairQueue("fifo")
     queue.add(arrival("patient", group=Group("blocked"), cost=1))
-    for number in range(REMEMBERED_TENANTS + 500):
+    for number in range(3 * REMEMBERED_TENANTS):
         queue.add(arrival(f"tenant {number}"))
         queue.take(lambda request: request.group != Group("blocked"))
-    assert len(queue._tenants) <= REMEMBERED_TENANTS + 1
+    assert len(queue._tenants) <= 2 * REMEMBERED_TENANTS + 1
 
 
 Step = Literal["take", "leave"] | tuple[str, int, int]
