@@ -239,7 +239,7 @@ class Selector:
         if not known:
             states = ", ".join(
                 f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "
-                + self.state(worker, [], now).state
+                + ("excluded" if worker.instance in excluded else self.state(worker, [], now).state)
                 for worker in self.workers.values()
             )
             raise PipelineError(

@@ -258,6 +258,15 @@ def test_the_error_says_what_became_of_every_engine() -> None:
     )
 
 
+def test_the_error_says_which_engines_the_request_was_not_to_have() -> None:
+    selector = fleet("kv", engines=1)
+    with pytest.raises(PipelineError) as raised:
+        selector.select(route(A), 0.0, excluded=[FIRST])
+    assert raised.value.info.message == (
+        "No engine with the model a-model is ready (worker 0 with a-model is excluded)."
+    )
+
+
 def test_a_request_that_was_refused_counts_nowhere() -> None:
     selector = fleet("kv")
     with pytest.raises(PipelineError):
