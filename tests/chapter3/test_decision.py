@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from types import SimpleNamespace
 
 from chapter3.decision import PolicyInUse, candidates, decide, output, policy_state
 from chapter3.snapshot import Score, Snapshot
@@ -82,7 +83,8 @@ def test_a_policy_that_holds_up_the_router_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.cycle([0.0, 1.0])
-    monkeypatch.setattr("chapter3.decision.time.perf_counter", lambda: next(ticks))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr("chapter3.decision.time", clock)
     use = fixed(1.0, 0.0)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
