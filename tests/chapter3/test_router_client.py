@@ -12,11 +12,12 @@ from dynamo.runtime import Client, Context
 
 
 class FakeRouters:
-    """Routers by instance id; `hung` ones never answer, `dead` ones refuse."""
+    """Routers by instance id; `hung` ones never answer, `late` ones late, `dead` ones refuse."""
 
     def __init__(self, count: int) -> None:
         self.ids = list(range(1, count + 1))
         self.hung: set[int] = set()
+        self.late: set[int] = set()
         self.dead: set[int] = set()
         self.asked: list[int] = []
 
@@ -34,6 +35,8 @@ class FakeRouters:
     async def _answer(self, instance: int) -> AsyncIterator[Any]:
         if instance in self.hung:
             await asyncio.Event().wait()
+        if instance in self.late:
+            await asyncio.sleep(3 * chapter3.router_client.ROUTER_ANSWER_S)
         yield {"router": instance}
 
     async def ask(self) -> int:
@@ -80,6 +83,15 @@ async def test_a_router_that_is_gone_costs_no_request() -> None:
     routers = FakeRouters(2)
     routers.dead = {1}
     assert [await routers.ask() for _ in range(4)] == [2] * 4
+
+
+async def test_the_last_one_to_ask_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To give it up would fail the request, and by the runtime's doing all for the next 5 s."""
+    monkeypatch.setattr(chapter3.router_client, "LAST_ROUTER_TIMES", 300)
+    routers = FakeRouters(2)
+    routers.late = {1, 2}
+    last = await routers.ask()
+    assert [instance != last for instance in routers.asked] == [True, False]
 
 
 async def test_when_none_answers_the_error_says_so() -> None:
