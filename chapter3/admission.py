@@ -154,10 +154,9 @@ class Admission:
         if wanted.hints.deadline_ms is None or wanted.admitted:
             return True
         left_s = (wanted.hints.deadline_ms - wanted.waited_ms) / 1e3
-        prefills = [view.new_tokens / view.prefill_tokens_per_s for view in views]
-        queued.start_by = now + left_s - min(prefills)
-        waits = [view.prefill_s for view in views]
-        return min(map(sum, zip(waits, prefills, strict=True))) < left_s
+        queued.start_by = now + left_s - min(view.own_prefill_s for view in views)
+        soonest = min(view.place_s + view.prefill_s + view.own_prefill_s for view in views)
+        return soonest < left_s
 
     def _prefill_s(self, now: float) -> float:
         """How long any request will wait at least for its prefill to begin."""

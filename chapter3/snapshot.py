@@ -75,6 +75,19 @@ class WorkerView:
         """The prompt's tokens that this engine would have to compute."""
         return (self.prompt_blocks - self.overlap_blocks) * self.block_size
 
+    @property
+    def own_prefill_s(self) -> float:
+        """How long the engine would compute what of the prompt it has not cached."""
+        return self.new_tokens / self.prefill_tokens_per_s
+
+    @property
+    def place_s(self) -> float:
+        """How long until so many of its requests have ended that one more can run, on average."""
+        ahead = self.waiting
+        if self.max_running is not None:
+            ahead = max(ahead, self.running + self.waiting + 1 - self.max_running)
+        return ahead * self.answer_s / max(self.running, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

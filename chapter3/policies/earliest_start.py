@@ -16,7 +16,7 @@ are not. Only prefill counts. A request that decodes holds up a first token for 
 step, and has no part in the cost but as one who may return.
 """
 
-from chapter3.snapshot import Snapshot, WorkerView
+from chapter3.snapshot import Snapshot
 
 FLEET = 1.0  # how much the fleet's loss counts against one's own
 IN_THE_WAY = 0.1  # the same, for each request at the engine
@@ -25,23 +25,11 @@ IN_THE_WAY = 0.1  # the same, for each request at the engine
 def policy(snapshot: Snapshot) -> list[dict[str, float]]:
     return [
         {
-            "place": -place_s(worker),
+            "place": -worker.place_s,
             "queue": -worker.prefill_s,
-            "prefill": -prefill_s(worker),
-            "others": -prefill_s(worker) * (FLEET + IN_THE_WAY * (worker.running + worker.waiting)),
+            "prefill": -worker.own_prefill_s,
+            "others": -worker.own_prefill_s
+            * (FLEET + IN_THE_WAY * (worker.running + worker.waiting)),
         }
         for worker in snapshot.workers
     ]
-
-
-def prefill_s(worker: WorkerView) -> float:
-    """How long the engine would compute what of the prompt it has not cached."""
-    return worker.new_tokens / worker.prefill_tokens_per_s
-
-
-def place_s(worker: WorkerView) -> float:
-    """How long until enough of its requests have ended for one more to run."""
-    ahead = worker.waiting
-    if worker.max_running is not None:
-        ahead = max(ahead, worker.running + worker.waiting + 1 - worker.max_running)
-    return ahead * worker.answer_s / max(worker.running, 1)

@@ -139,6 +139,18 @@ def test_prompts_that_go_before_it_count_against_a_deadline() -> None:
     assert engines.refused["hopeless"][0] == "deadline"
 
 
+def test_the_wait_for_a_place_counts_against_a_deadline() -> None:
+    """Once it is known how long answers take: here 10 s, and one runs at a time."""
+    engines = VirtualEngines(QueueSettings(timeout_s=1000), service_s=10.0)
+    engines.selector.active.load(FIRST).answer_s = 10.0
+    engines.ask("running")
+    engines.publish(FIRST)
+    engines.ask("hopeless", hints={"deadline_ms": 3000.0})
+    engines.ask("patient", hints={"deadline_ms": 30_000.0})
+    assert engines.refused["hopeless"][0] == "deadline"
+    assert engines.routed == ["running", "patient"]
+
+
 def test_who_waits_is_refused_when_the_deadline_can_no_longer_be_met() -> None:
     engines = VirtualEngines(QueueSettings(timeout_s=1000), service_s=10.0)
     rate = engines.selector.active.load(FIRST).prefill_tokens_per_s
