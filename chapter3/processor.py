@@ -140,7 +140,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         return found
 
     async with reporting(router_report) as reporter:
-        hops = Hops(model.name, engine, router, reporter, args.router_fallback)
+        hops = Hops(model.name, engine, router, router_state, reporter, args.router_fallback)
         await life.serve(
             runtime,
             {

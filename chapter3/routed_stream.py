@@ -12,10 +12,11 @@ from typing import Any
 
 from chapter3.migration import Progress, failure_in, is_fault
 from chapter3.reports import Attempt, Reporter
-from chapter3.router_client import NoRouterError, find_worker
+from chapter3.router_client import NoRouterError, ask_router, find_worker
 from chapter3.silence import Silence, SilentEngineError
 from common.dispatch import DIED, NOT_LISTED, dispatch
 from common.protocol import EngineOutput, PipelineError, from_wire, hop_error, to_wire
+from common.protocol_router import WorkerState
 from common.protocol_routing import ReportKind, RoutedProcessRequest, RouteOutput, RouteRequest
 from common.telemetry import request_log
 
@@ -30,6 +31,7 @@ class Hops:
     model: str
     engine: Client
     router: Client
+    router_state: Client
     reporter: Reporter
     fallback: bool
 
@@ -98,7 +100,7 @@ class _Route:
         context: Context,
     ) -> None:
         self.attempt: Attempt | None = None
-        self.silence = Silence(hops.engine.instance_ids)
+        self.silence = Silence(hops.engine.instance_ids, self._hangs)
         self._hops = hops
         self._request = request
         self._progress = progress
@@ -192,6 +194,14 @@ class _Route:
                 return found
             self.end("failed")  # it has left, or joined, this very moment
             failed = []
+
+    async def _hangs(self, instance: int) -> bool:
+        """Whether the router hears nothing of an engine; no, if there is no telling."""
+        try:
+            states = await ask_router(self._hops.router_state, {}, WorkerState, Context())
+        except PipelineError:
+            return False
+        return any(s.instance_id == instance and s.state == "silent" for s in states)
 
     def _hopeless(self, error: PipelineError) -> PipelineError:
         """Why the router names no engine; in the midst of an answer, also that it broke off."""

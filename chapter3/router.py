@@ -61,6 +61,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 selector.health.failed(instance, wanted.request_id, time.monotonic())
                 selector.fail(instance)
                 replicas.tell(EngineFailed(instance, wanted.request_id))
+            if context.is_stopped():  # after a slow decision, many have given up
+                raise PipelineError("unavailable", "The client has left.")
             ticket = gate.offer(wanted)
             async with aclosing(gate.wait(ticket, context)) as waiting:
                 async for _ in waiting:

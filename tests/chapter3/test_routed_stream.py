@@ -19,9 +19,11 @@ from common.protocol import (
     from_wire,
     to_wire,
 )
+from common.protocol_router import State
 from common.protocol_routing import (
     RequestReport,
     RoutedProcessRequest,
+    RoutedWorkerState,
     RouteOutput,
     RouteRequest,
     RoutingHints,
@@ -139,6 +141,25 @@ class FakeRouter:
             yield to_wire(RouteOutput(error=error))
 
 
+class FakeStates:
+    """The client of a router's state: all engines, those in `silent` as silent."""
+
+    def __init__(self, engines: FakeEngines) -> None:
+        self.engines = engines
+        self.silent: set[int] = set()
+
+    def instance_ids(self) -> list[int]:
+        return [1]
+
+    async def round_robin(self, *args: Any, **options: Any) -> AsyncIterator[Any]:
+        return self._answer()
+
+    async def _answer(self) -> AsyncIterator[Any]:
+        for key in self.engines.engines:
+            state: State = "silent" if key in self.silent else "ready"
+            yield to_wire(RoutedWorkerState(key, key - 100, "model", state, 0))
+
+
 class Reports(Reporter):
     def __init__(self, router: Client) -> None:
         super().__init__(router)
@@ -163,6 +184,7 @@ class Run:
         self.engines = engines
         self.client = FakeEngines(engines)
         self.router = FakeRouter(self.client)
+        self.states = FakeStates(self.client)
         self.reports = Reports(cast(Client, self.router))
         self.context = FakeContext()
         params = SamplingParams(**{"max_tokens": 10, **sampling})
@@ -174,6 +196,7 @@ class Run:
             "model",
             cast(Client, self.client),
             cast(Client, self.router),
+            cast(Client, self.states),
             self.reports,
             fallback,
         )
@@ -391,6 +414,25 @@ async def test_an_engine_that_just_stops(lives: int, monkeypatch: pytest.MonkeyP
             for item in items[:lives]:
                 yield item
             del run.client.engines[100 + worker]
+            await asyncio.Event().wait()
+
+    run = Run(Hung(), FakeEngine())
+    assert await run() == ENOUGH
+    assert [wanted.failed for wanted in run.router.asked] == [[], [100]]
+
+
+async def test_an_engine_that_hangs_with_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed, but the router does not hear of it; one that is heard of may take its time."""
+    monkeypatch.setattr(silence, "SILENT_S", 0.05)
+    monkeypatch.setattr(silence, "CHECK_S", 0.01)
+
+    class Hung(FakeEngine):
+        async def stream(self, worker: int, wire: Any, context: FakeContext) -> AsyncIterator[Any]:
+            items = [item async for item in super().stream(worker, wire, context)]
+            for item in items[:4]:
+                yield item
+            await asyncio.sleep(0.2)
+            run.states.silent.add(100 + worker)
             await asyncio.Event().wait()
 
     run = Run(Hung(), FakeEngine())

@@ -15,6 +15,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "CHECK_S", 0.01)
 
 
+async def lives(instance: int) -> bool:
+    return False
+
+
 async def stops(after: int) -> AsyncGenerator[int, None]:
     for item in range(after):
         yield item
@@ -35,7 +39,7 @@ async def read(watch: Silence, stream: AsyncGenerator[int, None]) -> list[int]:
 
 
 async def test_it_is_given_up_and_the_reader_goes_on() -> None:
-    watch = Silence(lambda: [1, 2])
+    watch = Silence(lambda: [1, 2], lives)
     assert await read(watch, stops(3)) == [0, 1, 2]
     assert await read(watch, stops(0)) == []
     task = asyncio.current_task()
@@ -46,7 +50,7 @@ async def test_it_is_given_up_and_the_reader_goes_on() -> None:
 
 @pytest.mark.parametrize("listed", [[7, 1], []], ids=["it is listed", "nobody is"])
 async def test_silence_alone_is_no_fault(listed: list[int]) -> None:
-    watch = Silence(lambda: listed)
+    watch = Silence(lambda: listed, lives)
     watch.expect(7)
     items = watch.watched(stops(1))
     assert await anext(items) == 0
@@ -62,13 +66,13 @@ async def test_an_engine_that_is_not_listed_may_finish() -> None:
             await asyncio.sleep(0.01)
             yield item
 
-    watch = Silence(lambda: [1])
+    watch = Silence(lambda: [1], lives)
     watch.expect(7)
     assert len([item async for item in watch.watched(slow())]) == 20
 
 
 async def test_nobody_is_given_up_while_an_engine_is_chosen() -> None:
-    watch = Silence(lambda: [1])
+    watch = Silence(lambda: [1], lives)
 
     async def choosing() -> AsyncGenerator[int, None]:
         watch.expect(None)
@@ -80,7 +84,7 @@ async def test_nobody_is_given_up_while_an_engine_is_chosen() -> None:
 
 
 async def test_a_reader_that_is_cancelled_is_cancelled() -> None:
-    watch = Silence(lambda: [1])
+    watch = Silence(lambda: [1], lives)
     closed = asyncio.Event()
 
     async def endless() -> AsyncGenerator[int, None]:
@@ -102,3 +106,35 @@ async def test_a_reader_that_is_cancelled_is_cancelled() -> None:
         await task
     assert closed.is_set()
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_engine_that_hangs_but_is_listed_is_given_up() -> None:
+    """A process that blocks may keep its lease: its runtime's threads go on."""
+    asked: list[int] = []
+
+    async def hangs(instance: int) -> bool:
+        asked.append(instance)
+        return len(asked) == 3
+
+    watch = Silence(lambda: [7], hangs)
+    assert await read(watch, stops(2)) == [0, 1]
+    assert asked == [7, 7, 7]
+
+
+async def test_an_item_that_comes_while_the_router_is_asked_counts() -> None:
+    answer = asyncio.Event()
+
+    async def hangs(instance: int) -> bool:
+        await answer.wait()
+        return True
+
+    async def late() -> AsyncGenerator[int, None]:
+        await asyncio.sleep(0.2)
+        yield 1
+        answer.set()
+        await asyncio.sleep(0.03)
+        yield 2
+
+    watch = Silence(lambda: [7], hangs)
+    watch.expect(7)
+    assert [item async for item in watch.watched(late())] == [1, 2]
