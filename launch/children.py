@@ -32,6 +32,8 @@ class Children:
     def __init__(self, on_line: OnLine | None = None) -> None:
         self.on_line: OnLine = on_line or (lambda name, line: None)
         self.failed: Future[ChildFailedError] = new_future()
+        # Whether the others can do without a child that has ended; asked on its own thread.
+        self.dispensable: Callable[[Child], bool] = lambda child: False
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -86,7 +88,7 @@ class Children:
         return Child(self, name, command, environment or {}, ready_line)
 
     async def first_failure(self) -> ChildFailedError:
-        """Wait until a child ends that nobody stopped."""
+        """Wait until a child ends that nobody stopped and that is not dispensable."""
         await wait_first([self.failed])
         return self.failed.result()
 
@@ -110,5 +112,5 @@ class Children:
 
     def on_failure(self, child: Child) -> None:
         with self._lock:
-            if not self.failed.done():
+            if not self.failed.done() and not self.dispensable(child):
                 self.failed.set_result(child.failure())

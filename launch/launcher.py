@@ -19,8 +19,8 @@ from typing import Any
 
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
-from launch.chapters import PAGES, Options, components
-from launch.child import ChildFailedError
+from launch.chapters import PAGES, SURVIVE, Options, components
+from launch.child import Child, ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
 from launch.output import LogPrinter, say
@@ -202,6 +202,8 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
     await running.wait_ready()
     note = " (simulated: the words mean nothing)" if arguments.backend == "simulated" else ""
     say(f"ready in {time.perf_counter() - began:.1f} s{note}")
+    if arguments.chapter in SURVIVE:
+        running.children.dispensable = lambda child: _goes_on_without(running, child)
     if not arguments.ask:
         print(f"Chat page:  {running.url}/")
         print(f"OpenAI API: {running.url}/v1")
@@ -216,12 +218,20 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
         print(f"\n{stats}", flush=True)
 
 
+def _goes_on_without(running: Pipeline, child: Child) -> bool:
+    """Whether another one does the work of a child that has ended; says so."""
+    if not running.has_replica(child.name):
+        return False
+    say(f"{child.name} has ended with status {child.exited.result()}; the others go on")
+    return True
+
+
 def _check_stopped(running: Pipeline) -> int:
     """Tell about components that did not end well when they were stopped."""
     status = 0
     for child in running.processes.values():
         # One that was still starting had no handler for SIGTERM yet.
-        if child.exited.result() not in (0, -signal.SIGTERM):
+        if child.stopping and child.exited.result() not in (0, -signal.SIGTERM):
             say(f"warning: while stopping, {child.failure()}")
             status = 1
     return status

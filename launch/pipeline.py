@@ -58,6 +58,12 @@ class Pipeline:
             for wait in waits:
                 wait.cancel()
 
+    def has_replica(self, name: str) -> bool:
+        """Whether another process of the same component is running."""
+        tier = next((tier for tier in self.tiers if name in tier), [])
+        others = [self.processes[other] for other in tier if other in self.processes]
+        return any(child.name != name and not child.exited.done() for child in others)
+
     async def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Stop the frontend first, then what it calls; the replicas of a component together."""
         for tier in reversed(self.tiers):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from common.model_files import DEFAULT_MODEL
 from launch.chapters import CHAPTERS
 from launch.ports import LOOPBACK, free_port, is_free
 
@@ -207,6 +208,31 @@ def test_chapter_3_has_four_simulated_engines_and_takes_a_policy_from_a_file(
         assert "(simulated: the words mean nothing)" in launcher.stderr
         assert f"policy {tmp_path}/mine.py:last, in its shadow dynamo" in launcher.stderr
         assert STATS.findall(launcher.stdout) == ["3"]
+        launcher.check_nothing_left()
+
+
+def test_chapter_3_goes_on_without_an_engine_that_is_killed(folder: Path) -> None:
+    """Until none is left: that is what its lesson is about."""
+    with launched(folder, "chapter3", "--engines", "2") as launcher:
+        url = launcher.wait_until_ready()
+        engines = {
+            child.cmdline()[-1]: child
+            for child in launcher.children
+            if "chapter3.engine" in child.cmdline()
+        }
+        engines["1"].kill()
+        launcher.wait_for(
+            lambda: "engine1 has ended with status -9; the others go on" in launcher.stderr
+        )
+        chat = {
+            "model": DEFAULT_MODEL,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 2,
+        }
+        assert httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=30).status_code == 200
+        engines["0"].kill()
+        assert launcher.wait() == 1
+        assert "error: engine0 was killed by SIGKILL; its last lines:" in launcher.stderr
         launcher.check_nothing_left()
 
 
