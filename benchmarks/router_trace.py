@@ -79,13 +79,17 @@ def measure_all(load: Load, runs: list[Run], left_out: dict[str, str]) -> list[t
     context = multiprocessing.get_context("spawn")
     results: list[tuple[Run, Figures]] = []
     with ProcessPoolExecutor(mp_context=context, initializer=_remember, initargs=(load,)) as pool:
-        for run, found in zip(runs, pool.map(_measure, runs), strict=True):
-            if isinstance(found, str):
-                left_out[run.policy] = found
-            else:
-                results.append((run, found))
-            done = len(results) + len(left_out)
-            print(f"\r{done} of {len(runs)} replays", end="", file=sys.stderr, flush=True)
+        try:
+            for run, found in zip(runs, pool.map(_measure, runs), strict=True):
+                if isinstance(found, str):
+                    left_out[run.policy] = found
+                else:
+                    results.append((run, found))
+                done = len(results) + len(left_out)
+                print(f"\r{done} of {len(runs)} replays", end="", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else the rest is run before it ends
+            raise
     print(file=sys.stderr)
     return [(run, found) for run, found in results if run.policy not in left_out]
 
