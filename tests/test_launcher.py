@@ -40,7 +40,7 @@ async def test_a_broken_request_is_put_down_to_the_child_that_is_just_ending(
 
     with server(answer) as url:
         running = of_one_process(children, url, SERVE)
-        arguments = argparse.Namespace(ask=["hi"], backend=None)
+        arguments = argparse.Namespace(chapter="chapter1", ask=["hi"], backend=None)
         with pytest.raises(ChildFailedError, match="was killed by SIGKILL"):
             await _until_done(running, arguments, StopSignals(children))
 
