@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from common.engines.json_schema import check_schema_numbers, schema_error
@@ -79,10 +79,10 @@ class HeldCompiler:
         self.began = 0
         original = engine._grammars.compile
 
-        def held(json_schema: str) -> LLMatcher:
+        def held(json_schema: str, output: Sequence[int] = ()) -> LLMatcher:
             self.began += 1
             assert self.release.wait(30)
-            return original(json_schema)
+            return original(json_schema, output)
 
         monkeypatch.setattr(engine._grammars, "compile", held)
 
