@@ -213,7 +213,9 @@ def refusal_message(ticket: Ticket, refusal: Refusal, now: float, depth: int) ->
         )
     busy = f"All engines are busy and {depth} requests wait"
     if refusal == "timeout":
-        return f"{busy}; this one has waited for {waited_s:.0f} s."
+        return (
+            f"All engines are busy; this request has waited for {waited_s:.0f} s. Try again later."
+        )
     if refusal == "queue_full":
         return f"{busy}, which is as many as may."
     return f"{busy}; one of a higher priority or of a tenant with fewer took this one's place."

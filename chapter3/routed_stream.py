@@ -209,7 +209,7 @@ class _Route:
         if made == 0 or self._context.is_stopped():
             return error
         message = f"The engine was lost after {made} tokens, and no other can go on: {error}"
-        return PipelineError(error.info.kind, message)
+        return PipelineError(error.info.kind, message, retry_after_s=error.info.retry_after_s)
 
 
 def _gone(before: RouteOutput | None, failure: Exception | None) -> list[int]:
