@@ -14,6 +14,7 @@ from common.protocol_errors import ErrorInfo as ErrorInfo
 from common.protocol_errors import ErrorKind as ErrorKind
 from common.protocol_errors import PipelineError as PipelineError
 from common.protocol_errors import hop_error as hop_error
+from common.protocol_transfer import KvDescriptor
 
 import msgspec
 
@@ -51,11 +52,17 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     With `generated` the request goes on with an output that another engine began: that many of
     the last `token_ids` are output already. They count for `max_tokens`, `min_tokens`, the
     penalties, the seed's random numbers and the JSON schema, and do not come again.
+
+    With `prefill_only` the engine computes the prompt for another one, to which the item with
+    `EngineOutput.kv` hands the request over. That one gets its `kv`: the KV of the first tokens
+    need not be computed but can be fetched.
     """
 
     token_ids: list[int]
     sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
     generated: int = 0
+    prefill_only: bool = False
+    kv: KvDescriptor | None = None
 
 
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
@@ -80,6 +87,9 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     `token_ids`. `worker_id` and `cached_tokens` (input tokens whose KV was reused) come with
     the first item; `finish_reason` and `timings` with the last. An `error` item ends the
     stream.
+
+    Of a request that is `prefill_only`, and not over yet, an item with `kv` takes the place of
+    the last one; it has the first token if the backend makes it there.
     """
 
     token_ids: list[int] = []
@@ -89,6 +99,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     timings: EngineTimings | None = None
     error: ErrorInfo | None = None
+    kv: KvDescriptor | None = None
 
 
 class EngineInfo(msgspec.Struct, omit_defaults=True):

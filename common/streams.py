@@ -86,4 +86,5 @@ def merge_outputs(outputs: list[EngineOutput]) -> EngineOutput:
         merged.finish_reason = output.finish_reason
         merged.timings = output.timings
         merged.error = output.error
+        merged.kv = output.kv
     return merged

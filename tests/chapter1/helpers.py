@@ -30,8 +30,9 @@ async def eventually(condition: Callable[[], object], timeout: float = 15.0) -> 
         elapsed = time.monotonic() - began
         if result:
             return elapsed
-        source = inspect.getsource(condition).strip()
-        assert elapsed < timeout, f"not true after {timeout:.0f} s: {source}"
+        if elapsed >= timeout:
+            source = inspect.getsource(condition).strip()
+            raise AssertionError(f"not true after {timeout:.0f} s: {source}")
         await asyncio.sleep(POLL_S)
 
 
