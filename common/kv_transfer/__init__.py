@@ -1,0 +1,1 @@
+"""Moves the KV cache of a prompt from the engine that computed it to the one that decodes."""

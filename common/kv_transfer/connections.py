@@ -1,0 +1,118 @@
+"""Connections of borrowers to lenders.
+
+A connection does one thing at a time. One that was interrupted is closed, so that its peer need
+not send the rest and no answer can be taken for another's; the others are kept for the next time.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from common.kv_transfer.errors import KvTransferError
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+IDLE_S = 60.0
+
+_LOST = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class Connection:
+    """One to `address`; `lost` is done when the peer is gone or cannot be reached.
+
+    Raises:
+        KvTransferError: that is no address.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.address = address
+        self.idle_since = 0.0
+        self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.ipv6 = True  # takes IPv4 addresses, too
+        self._events: zmq.asyncio.Socket = self._socket.get_monitor_socket(_LOST)
+        self._events.linger = 0
+        self.lost = asyncio.create_task(self._lose())
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise KvTransferError(f"cannot connect to {address!r}: {error}") from error
+
+    async def ask(self, request: bytes) -> list[memoryview]:
+        """The frames of the answer.
+
+        Raises:
+            KvTransferError: the peer is gone or cannot be reached.
+        """
+        await self._socket.send(request)
+        receiving = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
+        try:
+            await asyncio.wait((receiving, self.lost), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done() and not receiving.cancelled():
+                return [frame.buffer for frame in receiving.result()]
+        finally:
+            receiving.cancel()
+        raise KvTransferError(f"no connection to {self.address}")
+
+    def close(self) -> None:
+        self.lost.cancel()
+        self._socket.disable_monitor()
+        self._events.close()
+        self._socket.close()
+
+    async def _lose(self) -> None:
+        await recv_monitor_message(self._events)
+
+
+class Connections:
+    """Keeps connections for the next time; belongs to one event loop."""
+
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self._context = context
+        self._idle: list[Connection] = []
+        self._used: set[Connection] = set()
+
+    @asynccontextmanager
+    async def connection(self, address: str) -> AsyncIterator[Connection]:
+        """One to `address` for the length of the block; closed if that raises."""
+        connection = self._take(address)
+        self._used.add(connection)
+        done = False
+        try:
+            yield connection
+            done = True
+        finally:
+            self._used.discard(connection)
+            if done:
+                connection.idle_since = time.monotonic()
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def _take(self, address: str) -> Connection:
+        found = None
+        for connection in reversed(self._idle.copy()):
+            too_long = time.monotonic() - connection.idle_since > IDLE_S
+            if connection.lost.done() or too_long:
+                self._idle.remove(connection)
+                connection.close()
+            elif found is None and connection.address == address:
+                self._idle.remove(connection)
+                found = connection
+        return found or Connection(self._context, address)
+
+    def close(self) -> None:
+        """Close all; what is going on in one fails."""
+        for connection in [*self._idle, *self._used]:
+            connection.close()
+        self._idle.clear()
