@@ -129,6 +129,8 @@ class EngineMetrics(msgspec.Struct, omit_defaults=True):
     """An engine's load at one moment; counters run since its start.
 
     `used_blocks` are those of running requests' prompts and outputs, computed or not yet.
+    `received_tokens` are prompt tokens whose KV came from another engine; `failed_transfers`
+    counts prompts that were computed here because their KV did not come.
     """
 
     running: int
@@ -138,6 +140,8 @@ class EngineMetrics(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    received_tokens: int = 0
+    failed_transfers: int = 0
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):

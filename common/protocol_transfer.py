@@ -9,7 +9,7 @@ ROLES: tuple[Role, ...] = ("aggregated", "prefill", "decode")
 
 
 class KvDescriptor(msgspec.Struct, omit_defaults=True):
-    """The KV of a prompt's first `tokens` tokens, for engines of the same `kind` to fetch.
+    """The KV of a prompt's first `tokens` tokens, for engines of the same `model` to fetch.
 
     `kind` names the way of transfer; what `data` means is its own affair. Bytes of the cache
     never travel in here.
@@ -18,3 +18,4 @@ class KvDescriptor(msgspec.Struct, omit_defaults=True):
     kind: str
     tokens: int
     data: dict[str, Any] = {}
+    model: str = ""

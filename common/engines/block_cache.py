@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 
-from common.engines.blocks import Block, CachedSequence, CellMemory, is_same, stored_event
+from common.engines.blocks import Block, CachedSequence, CellMemory, add_stored, is_same
 from common.kv import AllBlocksCleared, BlockRemoved, KvEvent, block_hash
 
 
@@ -243,5 +243,4 @@ class BlockCache:
             self._events.append(BlockRemoved(removed))
 
     def _emit_stored(self, blocks: list[Block]) -> None:
-        if blocks:
-            self._events.append(stored_event(blocks, self.block_size))
+        add_stored(self._events, blocks, self.block_size)

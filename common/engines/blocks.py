@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.kv import BlockStored
+from common.kv import BlockStored, KvEvent
 
 
 class CellMemory(Protocol):
@@ -49,12 +49,16 @@ def is_same(block: Block, parent: Block | None, tokens: Sequence[int]) -> bool:
     return block.parent is parent and block.tokens == tuple(tokens)
 
 
-def stored_event(blocks: Sequence[Block], block_size: int) -> BlockStored:
-    """The event that a run of consecutive blocks is cached from now on."""
-    parent = blocks[0].parent
-    return BlockStored(
-        block_hashes=[block.hash for block in blocks],
-        parent_block_hash=parent.hash if parent else None,
-        token_ids=[token for block in blocks for token in block.tokens],
-        block_size=block_size,
-    )
+def add_stored(events: list[KvEvent], blocks: Sequence[Block], block_size: int) -> None:
+    """Add the event that a run of consecutive blocks is cached from now on."""
+    if not blocks:
+        return
+    parent = blocks[0].parent.hash if blocks[0].parent else None
+    hashes = [block.hash for block in blocks]
+    tokens = [token for block in blocks for token in block.tokens]
+    last = events[-1] if events else None
+    if isinstance(last, BlockStored) and last.block_hashes[-1] == parent:
+        last.block_hashes += hashes
+        last.token_ids += tokens
+    else:
+        events.append(BlockStored(hashes, parent, tokens, block_size))

@@ -1,25 +1,31 @@
 """The thread that owns llama.cpp: takes requests from a queue and computes step after step."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.engines.kv_export import export_pieces
 from common.engines.llama_context import LlamaContext
 from common.engines.sampling import Sampler
 from common.engines.scheduled_request import ScheduledRequest
 from common.engines.scheduler import Scheduler, Work
+from common.kv_transfer.pieces import KvPieces
 from common.protocol import EngineMetrics, EngineOutput, PipelineError
 
 from llguidance import LLMatcher
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An item for a request's stream, or why it failed."""
+    """An item for a request's stream, or why it failed; `kv` goes with one that is handed over."""
 
     request: ScheduledRequest
     result: EngineOutput | PipelineError
+    kv: KvPieces | None = None
 
 
 class InferenceLoop(threading.Thread):
@@ -39,6 +45,7 @@ class InferenceLoop(threading.Thread):
         ended: Callable[[BaseException | None], None],
     ) -> None:
         super().__init__(name=f"engine-{worker_id}", daemon=True)
+        self.failed_imports = 0
         self.metrics = EngineMetrics(running=0, waiting=0, used_blocks=0, total_blocks=0)
         self._worker_id = worker_id
         self._load = load
@@ -104,10 +111,13 @@ class InferenceLoop(threading.Thread):
             self._end(request, request.item(self._worker_id, [], finish_reason="cancelled"))
         work = self._scheduler.plan()
         if work:
-            ends = [self._fill_batch(item) for item in work]
-            self._context.decode()
-            self._scheduler.computed(work)
-            for item, end in zip(work, ends, strict=True):
+            self._scheduler.computed([item for item in work if self._import(item)])
+            computed = [item for item in work if item.received is None]
+            ends = [self._fill_batch(item) for item in computed]
+            if computed:
+                self._context.decode()
+                self._scheduler.computed(computed)
+            for item, end in zip(computed, ends, strict=True):
                 if item.sample:
                     self._sample(item.request, end)
         self._scheduler.cache.publish()
@@ -115,6 +125,20 @@ class InferenceLoop(threading.Thread):
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._deliver(outbox)
+
+    def _import(self, work: Work) -> bool:
+        """Take over a block of KV that was received, if the work is one and it can be."""
+        received = work.request.received
+        if work.received is None or not isinstance(received, KvPieces):
+            return False
+        start = work.received * self._scheduler.cache.block_size
+        data = received.piece(work.received)
+        if not self._context.import_kv(work.sequence.id, start, start + len(work.tokens), data):
+            _log.warning("KV from another engine does not fit; computing the prompt instead")
+            work.request.received = None  # nor are the blocks after it of any use
+            self.failed_imports += 1
+            return False
+        return True
 
     def _fill_batch(self, work: Work) -> int:
         """Put the work into the batch; the index there of its last token."""
@@ -139,13 +163,28 @@ class InferenceLoop(threading.Thread):
         else:
             reason = "stop" if sampler.is_complete else reason
             entries = None if logprobs is None else [logprobs]
-            item = request.item(self._worker_id, [token], entries, reason)
-        if reason is None:
+            handed_over = reason is None and request.prefill_only
+            item = request.item(self._worker_id, [token], entries, reason, handed_over=handed_over)
+        if reason is None and request.prefill_only:
+            self._hand_over(request, item)
+        elif reason is None:
             self._outbox.append(Delivery(request, item))
         else:
             self._scheduler.finish(request)
             self._end(request, item)
 
-    def _end(self, request: ScheduledRequest, result: EngineOutput | PipelineError) -> None:
+    def _hand_over(self, request: ScheduledRequest, item: EngineOutput) -> None:
+        """End a request with which another engine is to go on, and copy its KV out."""
+        sequence = self._scheduler.running[request]
+        kv = export_pieces(self._context, sequence, self._scheduler.cache.block_size)
+        self._scheduler.finish(request)
+        self._end(request, item, kv)
+
+    def _end(
+        self,
+        request: ScheduledRequest,
+        result: EngineOutput | PipelineError,
+        kv: KvPieces | None = None,
+    ) -> None:
         self._samplers.pop(request).close()
-        self._outbox.append(Delivery(request, result))
+        self._outbox.append(Delivery(request, result, kv))

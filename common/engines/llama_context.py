@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ContextSize:
-    """`cells` and `batch` are in tokens; a batch may ask for the logits of `sequences` tokens."""
+    """`cells` and `batch` are in tokens; a batch may ask for the logits of `sequences` tokens.
+
+    One more sequence is the context's own, for KV on its way in and out.
+    """
 
     cells: int
     sequences: int
@@ -36,6 +39,7 @@ class LlamaContext:
         self._memory = self.lib.llama_get_memory(self.handle)
         self._batch = self.lib.llama_batch_init(size.batch, 0, 1)
         self._batch_size = size.batch
+        self._spare = size.sequences
 
     def _check_kind(self, path: Path) -> None:
         for kind in ("is_recurrent", "is_hybrid", "has_encoder"):
@@ -48,9 +52,9 @@ class LlamaContext:
     def _make(self, size: ContextSize) -> int:
         params = self.lib.llama_context_default_params()
         params.n_ctx = size.cells
-        params.n_seq_max = size.sequences
+        params.n_seq_max = size.sequences + 1  # with the spare one
         params.n_batch = params.n_ubatch = size.batch
-        params.n_outputs_max = size.sequences
+        params.n_outputs_max = size.sequences + 1
         params.n_threads = size.threads
         params.n_threads_batch = size.batch_threads
         params.kv_unified = True  # one pool of cells, so that sequences can share them
@@ -117,6 +121,40 @@ class LlamaContext:
         """The size of the sequence's state: a constant and so much for each of its cells."""
         size: int = self.lib.llama_state_seq_get_size(self.handle, sequence)
         return size
+
+    def export_bytes(self, sequence: int, start: int, end: int) -> int:
+        """The size of what `export_kv` writes."""
+        self.share(sequence, self._spare, start, end)
+        size = self.state_bytes(self._spare)
+        self.remove(self._spare, start, end)
+        return size
+
+    def export_kv(self, sequence: int, start: int, end: int, into: memoryview) -> None:
+        """Copy the KV of these positions; `into` has `export_bytes` bytes.
+
+        Raises:
+            LlamaCppError: they do not fit.
+        """
+        self.share(sequence, self._spare, start, end)
+        address = np.frombuffer(into, np.uint8).ctypes.data
+        written = self.lib.llama_state_seq_get_data(self.handle, address, into.nbytes, self._spare)
+        self.remove(self._spare, start, end)
+        if written != into.nbytes:
+            raise LlamaCppError(f"{written} bytes of KV, not {into.nbytes}{last_errors()}")
+
+    def import_kv(self, sequence: int, start: int, end: int, data: memoryview) -> bool:
+        """Make what `export_kv` gave for the same positions this sequence's KV.
+
+        False: it is not of this model, or there are no cells for it.
+        """
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        read = self.lib.llama_state_seq_set_data(self.handle, address, data.nbytes, self._spare)
+        found = self.positions(self._spare)
+        taken = bool(read == data.nbytes and found == (start, end - 1))
+        if taken:
+            self.share(self._spare, sequence, start, end)
+        self.remove(self._spare, 0, self.cells)
+        return taken
 
     def close(self) -> None:
         if self.handle:

@@ -143,6 +143,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llama_memory_seq_pos_min": (_I32, [_P, _I32]),
     "llama_memory_seq_pos_max": (_I32, [_P, _I32]),
     "llama_state_seq_get_size": (_SIZE, [_P, _I32]),
+    "llama_state_seq_get_data": (_SIZE, [_P, _P, _SIZE, _I32]),
+    "llama_state_seq_set_data": (_SIZE, [_P, _P, _SIZE, _I32]),
     "llama_batch_init": (Batch, [_I32, _I32, _I32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (_I32, [_P, Batch]),

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Self
 
 from common.engines.base import RequestContext
@@ -10,13 +11,15 @@ from common.engines.block_cache import BlockCache
 from common.engines.grammar import GrammarCompiler
 from common.engines.inference_loop import Delivery, InferenceLoop
 from common.engines.json_schema import check_schema_size
+from common.engines.kv_handover import KvHandover
 from common.engines.llama_capi import Vocab
-from common.engines.llama_context import ContextSize, LlamaContext
+from common.engines.llama_context import LlamaContext
+from common.engines.llamacpp_load import load
 from common.engines.llamacpp_settings import LlamaCppSettings
 from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.scheduler import Scheduler
 from common.kv import KvEvent
-from common.model_files import find_model, model_name
+from common.kv_transfer.start import KvTransfer
 from common.protocol import (
     EngineInfo,
     EngineMetrics,
@@ -25,6 +28,7 @@ from common.protocol import (
     GenerateRequest,
     PipelineError,
 )
+from common.protocol_transfer import KvDescriptor
 
 import msgspec
 from llguidance import LLMatcher
@@ -41,8 +45,9 @@ class LlamaCppEngine:
     _vocab: Vocab
     _cache: BlockCache
 
-    def __init__(self, settings: LlamaCppSettings) -> None:
+    def __init__(self, settings: LlamaCppSettings, transfer: KvTransfer | None = None) -> None:
         self._settings = settings
+        self._handover = KvHandover(transfer)
         self._event_loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[BaseException] = self._event_loop.create_future()
         self._loaded: asyncio.Future[None] = self._event_loop.create_future()
@@ -60,15 +65,17 @@ class LlamaCppEngine:
         )
 
     @classmethod
-    async def start(cls, settings: LlamaCppSettings) -> Self:
+    async def start(cls, settings: LlamaCppSettings, transfer: KvTransfer | None = None) -> Self:
         """Load the model and start the engine's thread.
+
+        With `transfer`, which stays the caller's to close, KV goes to and comes from other engines.
 
         Raises:
             OSError: there is no such model file.
             ValueError: the file is not a model, or a setting is out of range.
             LlamaCppError: llama.cpp cannot load or run the model.
         """
-        engine = cls(settings)
+        engine = cls(settings, transfer)
         engine._inference.start()
         try:
             await engine._loaded
@@ -84,7 +91,11 @@ class LlamaCppEngine:
         """The load; what the thread has not seen yet, or has to be compiled, counts as waiting."""
         metrics = self._inference.metrics
         waiting = max(len(self._open) - metrics.running, 0) + self._grammars.compiling
-        return msgspec.structs.replace(metrics, waiting=waiting)
+        return msgspec.structs.replace(
+            metrics,
+            waiting=waiting + self._handover.fetching,
+            failed_transfers=self._handover.failed + self._inference.failed_imports,
+        )
 
     def generate(
         self, request: GenerateRequest, context: RequestContext
@@ -105,6 +116,9 @@ class LlamaCppEngine:
             vocab_size=self._vocab.n_tokens,
             eog_ids=self._vocab.eog_ids,
         )
+        self._handover.check(request)
+        if request.kv is not None:
+            return self._items_after(scheduled, request.kv)
         return scheduled.items(lambda: self._submit(scheduled))
 
     async def clear_cache(self) -> None:
@@ -139,6 +153,18 @@ class LlamaCppEngine:
         if self._closing:
             raise PipelineError("unavailable", "the engine is closed")
 
+    async def _items_after(
+        self, request: ScheduledRequest, kv: KvDescriptor
+    ) -> AsyncGenerator[EngineOutput, None]:
+        try:
+            await self._handover.receive(request, kv, self._cache, self.info.model)
+            async with aclosing(request.items(lambda: self._submit(request))) as items:
+                async for item in items:
+                    self._handover.done(request)  # it runs, so it has taken over what there was
+                    yield item
+        finally:
+            self._handover.done(request)
+
     async def _submit(self, request: ScheduledRequest) -> None:
         self._check_open()
         matcher = None
@@ -170,40 +196,10 @@ class LlamaCppEngine:
 
     def _load(self) -> tuple[LlamaContext, Scheduler]:
         """Runs on the engine's thread, like all that touches llama.cpp's context."""
-        settings = self._settings
-        path = find_model(settings.model)
-        context = LlamaContext(
-            path,
-            ContextSize(
-                cells=settings.cache_tokens,
-                sequences=settings.max_sequences,
-                batch=settings.max_running + settings.prefill_chunk,
-                threads=settings.threads,
-                batch_threads=settings.batch_threads,
-            ),
-        )
-        self._vocab = context.vocab
-        self._cache = BlockCache(
-            context,
-            cells=context.cells,
-            block_size=settings.block_size,
-            max_sequences=settings.max_sequences,
-        )
-        self.info = EngineInfo(
-            model=model_name(path),
-            backend="llamacpp",
-            context_length=min(context.vocab.context_length_train, context.cells),
-            block_size=settings.block_size,
-            total_blocks=context.cells // settings.block_size,
-            worker_id=settings.worker_id,
-            max_running=settings.max_running,
-        )
-        return context, Scheduler(
-            self._cache,
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
-            prefill_chunk=settings.prefill_chunk,
-        )
+        loaded = load(self._settings)
+        self._vocab, self._cache = loaded.context.vocab, loaded.cache
+        self.info = loaded.info
+        return loaded.context, loaded.scheduler
 
     def _on_loop(self, function: Callable[[], object]) -> None:
         self._event_loop.call_soon_threadsafe(function)
@@ -215,8 +211,10 @@ class LlamaCppEngine:
                 request.stream.fail(result)
                 self._open.discard(request)
             else:
+                if delivery.kv is not None:
+                    result.kv = self._handover.lend(delivery.kv, self.info.model)
                 request.stream.put(result)
-                if result.finish_reason is not None:
+                if result.finish_reason is not None or result.kv is not None:
                     self._open.discard(request)
 
     def _end(self, error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from common.engines.base import RequestContext
 from common.engines.output_stream import OutputStream
@@ -17,14 +18,25 @@ from common.protocol import (
 )
 
 
+class ReceivedKv(Protocol):
+    """KV that another engine computed: that of the blocks from number `first` to token `tokens`."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
 @dataclass(eq=False, slots=True)
 class ScheduledRequest:
     """A request on its way through an engine.
 
     `tokens` is the prompt and, after it, the output, of which another engine may have
-    `generated` the beginning. `block_hashes` are those of the full blocks of `tokens` when it
-    began to wait. `closed` is set when the caller has left. Times
-    are in seconds of `time.perf_counter`.
+    `generated` the beginning; `received` is what is still to be taken over of that one's KV.
+    With `prefill_only` another engine goes on after the first token. `block_hashes` are those of
+    the full blocks of `tokens` when it began to wait. `closed` is set when the caller has left.
+    Times are in seconds of `time.perf_counter`.
     """
 
     tokens: list[int]
@@ -33,6 +45,8 @@ class ScheduledRequest:
     sampling: SamplingParams
     context: RequestContext
     generated: int = 0
+    prefill_only: bool = False
+    received: ReceivedKv | None = None
     stream: OutputStream = field(default_factory=OutputStream)
     block_hashes: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -55,6 +69,14 @@ class ScheduledRequest:
     def output(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 
+    def next_block_received(self, computed: int, block_size: int) -> int | None:
+        """The number of the received block that follows `computed` tokens, if there is one."""
+        block, inside = divmod(computed, block_size)
+        received = self.received
+        if received is None or inside or block < received.first or computed >= received.tokens:
+            return None
+        return block
+
     def is_stopped(self) -> bool:
         """Whether the caller wants no more."""
         return self.closed or self.context.is_stopped()
@@ -65,13 +87,15 @@ class ScheduledRequest:
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None = None,
         finish_reason: FinishReason | None = None,
+        *,
+        handed_over: bool = False,
     ) -> EngineOutput:
         """The next item of the stream, with what belongs to the first and to the last one."""
         item = EngineOutput(token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason)
         if not self._sent:
             item.worker_id, item.cached_tokens = worker_id, self.cached_tokens
             self._sent = True
-        if finish_reason is not None:
+        if finish_reason is not None or handed_over:
             now = time.perf_counter()
             started = self.started or now
             first_token = self.first_token or now
@@ -88,10 +112,10 @@ class ScheduledRequest:
         """Submit the request and read its stream; leaving early stops the request."""
         await submit()
         try:
-            reason: FinishReason | None = None
-            while reason is None:
+            over = False
+            while not over:
                 item = await self.stream.next()
-                reason = item.finish_reason
+                over = item.finish_reason is not None or item.kv is not None
                 yield item
         finally:
             self.closed = True
@@ -168,6 +192,7 @@ def schedule(
         sampling=sampling,
         context=context,
         generated=generated,
+        prefill_only=request.prefill_only,
     )
 
 

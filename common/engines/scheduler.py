@@ -2,8 +2,9 @@
 
 Every step first serves the requests that decode (one token each), then fills up to
 `prefill_chunk` tokens with the prompts of the others, first come first served, so that a long
-prompt delays a running decode by one chunk at most. When the cells run out, the request that
-came last gives up its place, keeps what blocks it can, and waits to be computed again.
+prompt delays a running decode by one chunk at most. KV that another engine computed is taken over
+instead of computed, `import_blocks` in a step. When the cells run out, the request that came last
+gives up its place, keeps what blocks it can, and waits to be computed again.
 """
 
 import time
@@ -19,19 +20,29 @@ from common.protocol import EngineMetrics, FinishReason, PipelineError
 
 @dataclass(slots=True)
 class Work:
-    """Tokens of one request to compute in a step; `sample` when the last one's logits count."""
+    """Tokens of one request to compute in a step; `sample` when the last one's logits count.
+
+    With `received` they are not computed: that block of `request.received` is taken over.
+    """
 
     request: ScheduledRequest
     sequence: CachedSequence
     tokens: list[int]
-    sample: bool
+    sample: bool = False
+    received: int | None = None
 
 
 class Scheduler:
     """Admission, batching and preemption over one block cache; not thread-safe."""
 
     def __init__(
-        self, cache: BlockCache, *, max_running: int, max_waiting: int, prefill_chunk: int
+        self,
+        cache: BlockCache,
+        *,
+        max_running: int,
+        max_waiting: int,
+        prefill_chunk: int,
+        import_blocks: int = 32,
     ) -> None:
         self.cache = cache
         self.waiting: deque[ScheduledRequest] = deque()
@@ -39,7 +50,9 @@ class Scheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
+        self._import_blocks = import_blocks
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._received_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -90,6 +103,8 @@ class Scheduler:
         """The work is done: its tokens' KV is in memory."""
         for item in work:
             self.cache.append(item.sequence, item.tokens)
+            if item.received is not None:
+                self._received_tokens += len(item.tokens)
 
     def add_output(self, request: ScheduledRequest, token: int) -> FinishReason | None:
         """Append a generated token, unless it ends the request, and tell whether it is over."""
@@ -114,6 +129,7 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
+            received_tokens=self._received_tokens,
         )
 
     def _admit(self) -> None:
@@ -139,19 +155,47 @@ class Scheduler:
     def _batch(self) -> list[Work]:
         decodes: list[Work] = []
         prefills: list[Work] = []
+        imports: list[Work] = []
         budget = self._prefill_chunk
         for request, sequence in self.running.items():
             if budget and request.first_token is None:
                 self._reuse(request, sequence)
             start = len(sequence.tokens)
             missing = len(request.tokens) - start
-            count = 1 if missing == 1 else min(missing, budget)
+            if missing == 1:
+                request.received = None
+            elif request.next_block_received(start, self.cache.block_size) is not None:
+                imports += self._imports(request, sequence, self._import_blocks - len(imports))
+                continue
+            count = 1 if missing == 1 else min(missing, budget, self._gap(request, start))
             if count:
                 tokens = request.tokens[start : start + count]
                 work = Work(request, sequence, tokens, sample=count == missing)
                 (decodes if missing == 1 else prefills).append(work)
                 budget -= 0 if missing == 1 else count
-        return decodes + prefills
+        return imports + decodes + prefills
+
+    def _imports(
+        self, request: ScheduledRequest, sequence: CachedSequence, limit: int
+    ) -> list[Work]:
+        """The next blocks that the request takes over, at most `limit`."""
+        size = self.cache.block_size
+        start = len(sequence.tokens)
+        work: list[Work] = []
+        while len(work) < limit:
+            block = request.next_block_received(start, size)
+            if block is None or request.received is None:
+                break
+            end = min(start + size, request.received.tokens)
+            work.append(Work(request, sequence, request.tokens[start:end], received=block))
+            start = end
+        return work
+
+    def _gap(self, request: ScheduledRequest, start: int) -> int:
+        """How many tokens to compute before blocks that were received can follow, if any do."""
+        received = request.received
+        first = 0 if received is None else received.first * self.cache.block_size
+        return first - start if first > start else len(request.tokens)
 
     def _reuse(self, request: ScheduledRequest, sequence: CachedSequence) -> None:
         """Requests that came together often begin alike: only one computes what they share."""

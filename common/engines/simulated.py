@@ -20,6 +20,7 @@ from common.engines.base import RequestContext
 from common.engines.block_cache import BlockCache
 from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.scheduler import Scheduler, Work
+from common.engines.simulated_kv import hand_over, receive
 from common.engines.simulated_output import SimulatedOutput
 from common.engines.simulated_settings import SimulatedSettings
 from common.kv import KvEvent
@@ -32,6 +33,7 @@ from common.protocol import (
     GenerateRequest,
     PipelineError,
 )
+from common.protocol_transfer import KvDescriptor
 
 __all__ = ["SimulatedEngine", "SimulatedSettings"]
 
@@ -125,7 +127,7 @@ class SimulatedEngine:
         output = SimulatedOutput(scheduled, settings.token_ids, settings.mean_output_tokens)
         if settings.zero_delay:
             return self._stream_at_once(scheduled, output)
-        return scheduled.items(lambda: self._submit(scheduled, output))
+        return scheduled.items(lambda: self._submit(scheduled, output, request.kv))
 
     async def close(self) -> None:
         """Stop the engine; running requests end as cancelled."""
@@ -142,7 +144,12 @@ class SimulatedEngine:
         if self._closed:
             raise PipelineError("unavailable", "the engine is closed")
 
-    async def _submit(self, scheduled: ScheduledRequest, output: SimulatedOutput) -> None:
+    async def _submit(
+        self, scheduled: ScheduledRequest, output: SimulatedOutput, kv: KvDescriptor | None
+    ) -> None:
+        if kv is not None:
+            cache, speed = self._scheduler.cache, self.settings.transfer_tokens_per_s
+            await receive(scheduled, kv, cache, speed)
         self._check_open()
         self._scheduler.add(scheduled)
         self._outputs[scheduled] = output
@@ -159,8 +166,12 @@ class SimulatedEngine:
             while reason is None:
                 if self._closed or scheduled.is_stopped():
                     reason = "cancelled"
-                while reason is None and len(output.unsent) < self.settings.tokens_per_item:
+                wanted = 1 if scheduled.prefill_only else self.settings.tokens_per_item
+                while reason is None and len(output.unsent) < wanted:
                     reason = output.advance(self._scheduler)
+                if reason is None and scheduled.prefill_only:
+                    yield hand_over(scheduled, self.info.worker_id, output.take())
+                    return
                 if reason is not None:
                     self._retire(scheduled)  # a reader need not come back after the last item
                 yield scheduled.item(self.info.worker_id, output.take(), finish_reason=reason)
@@ -204,7 +215,7 @@ class SimulatedEngine:
                 scheduled.stream.fail(PipelineError("internal", f"the engine failed: {error!r}"))
 
     def _step_seconds(self, work: list[Work]) -> float:
-        counts = [len(item.tokens) for item in work]
+        counts = [len(item.tokens) for item in work if item.received is None]
         decodes = counts.count(1)
         prompt_tokens = sum(counts) - decodes
         settings = self.settings
@@ -220,6 +231,10 @@ class SimulatedEngine:
         if reason is not None:
             self._scheduler.finish(scheduled)
             self._end(scheduled, reason)
+        elif scheduled.prefill_only:
+            self._scheduler.finish(scheduled)
+            tokens = self._outputs.pop(scheduled).take()
+            scheduled.stream.put(hand_over(scheduled, self.info.worker_id, tokens))
         elif len(output.unsent) >= self.settings.tokens_per_item:
             scheduled.stream.put(scheduled.item(self.info.worker_id, output.take()))
 

@@ -13,6 +13,7 @@ class SimulatedSettings:
     With `zero_delay` nothing waits: up to `max_running + max_waiting` requests run at once,
     each as fast as it is read. A request without `max_tokens` (and without `ignore_eos`) ends
     by itself after `mean_output_tokens` on average; one with `max_tokens` gives exactly so many.
+    KV that another engine computed arrives at `transfer_tokens_per_s`.
     """
 
     model: str = DEFAULT_MODEL
@@ -24,6 +25,7 @@ class SimulatedSettings:
     max_waiting: int = 256
     prefill_chunk: int = 512
     prefill_tokens_per_s: float = 8000.0
+    transfer_tokens_per_s: float = 50_000.0
     decode_base_ms: float = 5.0
     decode_ms_per_request: float = 0.2
     tokens_per_item: int = 1
@@ -39,6 +41,7 @@ class SimulatedSettings:
         check_range("max_waiting", self.max_waiting, 0)
         check_range("prefill_chunk", self.prefill_chunk, 1)
         check_range("prefill_tokens_per_s", self.prefill_tokens_per_s, 1)
+        check_range("transfer_tokens_per_s", self.transfer_tokens_per_s, 1)
         check_range("decode_base_ms", self.decode_base_ms, 0)
         check_range("decode_ms_per_request", self.decode_ms_per_request, 0)
         check_range("tokens_per_item", self.tokens_per_item, 1)

@@ -407,7 +407,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"block_size": 0}, "block_size is 0; it must be from 1 to 8192"),
-        ({"max_sequences": 257}, "max_sequences is 257; it must be from 1 to 256"),
+        ({"max_sequences": 257}, "max_sequences is 257; it must be from 1 to 255"),
         ({"max_running": 129}, "max_running is 129; it must be from 1 to 128"),
         ({"max_waiting": -1}, "max_waiting is -1; it must be at least 0"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),

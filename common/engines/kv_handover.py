@@ -1,0 +1,106 @@
+"""An engine's ends of a handover: KV that it gives away, and KV that it need not compute."""
+
+import asyncio
+import contextlib
+import logging
+
+from common.engines.block_cache import BlockCache
+from common.engines.scheduled_request import ScheduledRequest
+from common.kv import block_hashes
+from common.kv_transfer.errors import KvTransferError
+from common.kv_transfer.pieces import KvPieces
+from common.kv_transfer.start import KvTransfer
+from common.protocol import GenerateRequest, PipelineError
+from common.protocol_transfer import KvDescriptor
+from common.waiting import first_of
+
+_log = logging.getLogger(__name__)
+
+NOT_LENT = "none"  # the kind of a descriptor that leaves everything to be computed again
+# Received KV waits in memory until its request runs; so many prompts' at most.
+MAX_RECEIVED = 16
+
+
+class KvHandover:
+    """For one event loop; without a `transfer` nothing is given away, and nothing comes."""
+
+    def __init__(self, transfer: KvTransfer | None) -> None:
+        self.failed = 0
+        self.fetching = 0
+        self._transfer = transfer
+        self._room = asyncio.Semaphore(MAX_RECEIVED)
+        self._holding: set[ScheduledRequest] = set()
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what this engine cannot do.
+
+        Raises:
+            PipelineError: kind `invalid_request`.
+        """
+        if request.prefill_only and self._transfer is None:
+            message = "this engine gives no KV away; start it with --role prefill"
+            raise PipelineError("invalid_request", message, "prefill_only")
+
+    def lend(self, pieces: KvPieces, model: str) -> KvDescriptor:
+        """Keep the KV for another engine to fetch."""
+        assert self._transfer is not None  # noqa: S101 (`check` has refused the request)
+        descriptor = self._transfer.lender.lend(pieces)
+        if descriptor is None:
+            _log.warning("no room to keep %d bytes of KV for another engine", pieces.size)
+            return KvDescriptor(NOT_LENT, 0)
+        descriptor.model = model
+        return descriptor
+
+    async def receive(
+        self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache, model: str
+    ) -> None:
+        """Fetch what is not cached here into `request.received`, or leave it to be computed.
+
+        `done` must follow.
+        """
+        self.fetching += 1
+        fetching = asyncio.ensure_future(self._fetch(request, kv, cache, model))
+        try:
+            await first_of(asyncio.shield(fetching), request.context.async_killed_or_stopped())
+            if not fetching.done():
+                return  # nobody wants it any more
+            request.received = fetching.result()
+        except KvTransferError as error:
+            self.failed += 1
+            _log.warning("computing a prompt of %d tokens after all: %s", kv.tokens, error)
+        finally:
+            fetching.cancel()
+            await asyncio.gather(fetching, return_exceptions=True)
+            self.fetching -= 1
+
+    def done(self, request: ScheduledRequest) -> None:
+        """The request has taken over what it had received, or never will."""
+        if request in self._holding:
+            self._holding.remove(request)
+            self._room.release()
+
+    async def _fetch(
+        self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache, model: str
+    ) -> KvPieces | None:
+        if self._transfer is None:
+            raise KvTransferError("this engine takes no KV; start it with --role decode")
+        if kv.kind == NOT_LENT:
+            raise KvTransferError("the other engine had no room to keep it")
+        if kv.model != model:
+            raise KvTransferError(f"it is of the model {kv.model!r}, not of {model!r}")
+        if not 0 < kv.tokens < len(request.tokens):
+            raise KvTransferError(f"it is of {kv.tokens} tokens, not of {len(request.tokens) - 1}")
+        await self._room.acquire()
+        self._holding.add(request)
+        # Read beside the thread that changes it: a block too many or too few is found out when
+        # the request starts, and only costs time.
+        size = cache.block_size
+        cached = len(cache.match(request.tokens, block_hashes(request.tokens, size)))
+        if cached * size >= kv.tokens:
+            with contextlib.suppress(KvTransferError):  # then it expires
+                await self._transfer.borrower.release(kv)
+            return None
+        pieces = await self._transfer.borrower.fetch(kv, cached)
+        if (pieces.first, pieces.end, pieces.tokens) != (cached, -(-kv.tokens // size), kv.tokens):
+            raise KvTransferError(f"its blocks are not of {size} tokens")
+        return pieces
