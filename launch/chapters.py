@@ -46,6 +46,7 @@ CHAPTERS: dict[str, tuple[Component, ...]] = {
 }
 
 ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
+EXTERNAL_BACKENDS = ("sglang", "vllm")  # they take minutes to start, and flags after --
 BACKENDS = {"chapter3": "simulated"}  # where the lesson takes more engines than a laptop can run
 
 # The policies that have a name; where there is a shadow, a function of a file will do, too.

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import io
 import os
+import shlex
 import signal
 import sys
 import time
@@ -19,8 +20,8 @@ from typing import Any
 
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
-from launch.chapters import PAGES, SURVIVE, Options, components
-from launch.child import Child, ChildFailedError
+from launch.chapters import EXTERNAL_BACKENDS, PAGES, SURVIVE, Options, components
+from launch.child import READY_TIMEOUT, Child, ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
 from launch.output import LogPrinter, say
@@ -35,6 +36,8 @@ from launch.servers import (
     nats_server,
     server_environment,
 )
+
+EXTERNAL_READY_TIMEOUT = 1800.0  # seconds: the weights may have to be downloaded
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ async def launch(arguments: argparse.Namespace) -> int:
     """
     _check_chapter(arguments)
     named = _named_servers()
-    _check_model(arguments.model)
+    _check_model(arguments)
     options = Options(
         namespace=arguments.namespace,
         engines=arguments.engines,
@@ -79,6 +82,8 @@ async def launch(arguments: argparse.Namespace) -> int:
         try:
             async with AsyncExitStack() as stack:
                 environment = await _servers(stack, children, named)
+                if arguments.engine_flags is not None:
+                    environment["ENGINE_FLAGS"] = shlex.join(arguments.engine_flags)
                 running = await stack.enter_async_context(
                     pipeline(children, environment, arguments.chapter, options)
                 )
@@ -134,13 +139,16 @@ def _check_chapter(arguments: argparse.Namespace) -> None:
         raise LaunchError(f"--routers: {arguments.chapter} has at most one")
 
 
-def _check_model(model: str | None) -> None:
-    if model is None:
+def _check_model(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
         return
-    from common.model_files import find_model
+    from common.model_files import find_model, served_name
 
     try:
-        find_model(model)
+        if arguments.backend in ("simulated", *EXTERNAL_BACKENDS):
+            served_name(arguments.model)  # a folder will do
+        else:
+            find_model(arguments.model)
     except (OSError, ValueError) as error:
         raise LaunchError(f"--model: {error}") from error
 
@@ -199,7 +207,8 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
     """Wait until the pipeline is ready; ask the questions, or serve for ever."""
     began = time.perf_counter()
     say(f"starting {', '.join(running.processes)} …")
-    await running.wait_ready()
+    slow = arguments.backend in EXTERNAL_BACKENDS
+    await running.wait_ready(EXTERNAL_READY_TIMEOUT if slow else READY_TIMEOUT)
     note = " (simulated: the words mean nothing)" if arguments.backend == "simulated" else ""
     say(f"ready in {time.perf_counter() - began:.1f} s{note}")
     if arguments.chapter in SURVIVE:

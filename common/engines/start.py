@@ -1,8 +1,13 @@
 """Start an engine by the name of its backend."""
 
 import argparse
+import importlib
+import importlib.util
 import inspect
 import os
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from common.engines.base import Engine
@@ -10,13 +15,15 @@ from common.model_files import DEFAULT_MODEL
 
 import msgspec
 
-BACKENDS = ("llamacpp", "simulated")
+# Those with a parser of their own for what they are told, and the name by which they are installed.
+EXTERNAL_BACKENDS = ("sglang", "vllm")
+BACKENDS = ("llamacpp", "simulated", *EXTERNAL_BACKENDS)
 
 T = TypeVar("T")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose an engine."""
+    """Add the flags that choose an engine; `parse_engine_arguments` reads them."""
     # Defaults stay strings, because argparse checks those as it does what is typed.
     env = os.environ.get
     parser.add_argument(
@@ -30,23 +37,48 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=_backend,
         metavar=f"{{{','.join(BACKENDS)}}}",
         default=env("ENGINE_BACKEND", "llamacpp"),
-        help="llamacpp runs the model, simulated only keeps its time (env ENGINE_BACKEND, "
-        "%(default)s)",
+        help="llamacpp runs the model, simulated only keeps its time; sglang and vllm run it where "
+        "they are installed, best on a GPU (env ENGINE_BACKEND, %(default)s)",
     )
     parser.add_argument(
         "--model",
         default=env("MODEL", DEFAULT_MODEL),
-        help="a .gguf file, or the model that comes with the project; the simulated backend takes "
-        "a Hugging Face folder as well (env MODEL, %(default)s)",
+        help="a .gguf file, or the model that comes with the project; for sglang and vllm a name "
+        "on Hugging Face or a folder in its format, which simulated takes as well (env MODEL, "
+        "%(default)s)",
     )
     parser.add_argument(
         "--engine-arg",
         action="append",
         default=env("ENGINE_ARGS", "").split(),
         metavar="NAME=VALUE",
-        help="a setting of the backend, block_size=32 for example; may repeat (env ENGINE_ARGS, "
-        "separated by blanks)",
+        help="a setting of llamacpp or simulated, block_size=32 for example; may repeat (env "
+        "ENGINE_ARGS, separated by blanks)",
     )
+    parser.add_argument_group(
+        "flags of SGLang and vLLM",
+        "What follows -- goes to sglang or vllm untouched: --backend sglang -- --tp 2 (env "
+        "ENGINE_FLAGS, quoted as in a shell)",
+    )
+
+
+def parse_engine_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse the flags before `--`; those after it are `engine_flags`."""
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    flags: list[str] | None = None
+    if "--" in own:
+        end = own.index("--")
+        own, flags = own[:end], own[end + 1 :]
+    parsed = parser.parse_args(own)
+    if flags is None:
+        try:
+            flags = shlex.split(os.environ.get("ENGINE_FLAGS", ""))
+        except ValueError as error:
+            parser.error(f"ENGINE_FLAGS: {error}")
+    parsed.engine_flags = flags
+    return parsed
 
 
 async def start_engine(args: argparse.Namespace) -> Engine:
@@ -54,8 +86,16 @@ async def start_engine(args: argparse.Namespace) -> Engine:
 
     Raises:
         OSError: the model cannot be found or read.
-        ValueError: a setting is wrong (the message names it), or llama.cpp cannot run the model.
+        ValueError: a setting is wrong (the message names it), the backend is not installed, or it
+            cannot run the model.
     """
+    if args.backend in EXTERNAL_BACKENDS:
+        return await _start_external(args)
+    if args.engine_flags:
+        raise ValueError(
+            f"{shlex.join(args.engine_flags)!r} after --: {args.backend} takes its settings with "
+            "--engine-arg NAME=VALUE; only sglang and vllm have flags of their own"
+        )
     settings: dict[str, Any] = {"model": args.model, "worker_id": args.worker_id}
     for argument in args.engine_arg:
         name, _, value = argument.partition("=")
@@ -72,6 +112,28 @@ async def start_engine(args: argparse.Namespace) -> Engine:
         return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings))
     except LlamaCppError as error:
         raise ValueError(str(error)) from error
+
+
+async def _start_external(args: argparse.Namespace) -> Engine:
+    backend: str = args.backend
+    if args.engine_arg:
+        raise ValueError(
+            f"--engine-arg {args.engine_arg[0]}: {backend} has flags of its own, which go after "
+            f"--: --backend {backend} -- --flag value"
+        )
+    if args.model == DEFAULT_MODEL or args.model.lower().endswith(".gguf"):
+        raise ValueError(
+            f"--model {args.model} is a GGUF file; {backend} needs a name on Hugging Face, like "
+            "Qwen/Qwen3-0.6B, or a folder in its format"
+        )
+    if importlib.util.find_spec(backend) is None:
+        raise ValueError(f'{backend} is not installed: pip install ".[{backend}]"')
+    module = importlib.import_module(f"common.engines.{backend}")
+    engine_type = {"sglang": "SGLangEngine", "vllm": "VllmEngine"}[backend]
+    engine: Engine = await getattr(module, engine_type).start(
+        args.model, args.worker_id, args.engine_flags
+    )
+    return engine
 
 
 def _backend(name: str) -> str:

@@ -1,7 +1,15 @@
+import logging
 import sys
 from pathlib import Path
 
-from common.model_files import DEFAULT_MODEL, find_model, model_name
+from common.model_files import (
+    DEFAULT_MODEL,
+    find_model,
+    is_hub_name,
+    model_name,
+    served_name,
+    tokenizer_folder,
+)
 
 import pytest
 
@@ -51,3 +59,55 @@ def test_a_missing_model_wheel_tells_how_to_install_it(monkeypatch: pytest.Monke
 )
 def test_the_name_is_the_stem_without_quantisation(file: str, name: str) -> None:
     assert model_name(Path(file)) == name
+
+
+@pytest.mark.parametrize(
+    ("model", "is_name"),
+    [
+        ("Qwen/Qwen3-0.6B", True),
+        ("Qwen", False),
+        ("./Qwen/Qwen3", False),
+        ("../Qwen3", False),
+        ("/models/Qwen3", False),
+        ("~/Qwen3", False),
+        ("models/qwen3.GGUF", False),
+        ("a/b/c", False),
+        ("here/model", False),
+    ],
+)
+def test_a_hub_name_is_told_from_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, is_name: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here/model").mkdir(parents=True)
+    assert is_hub_name(model) is is_name
+
+
+def test_a_model_in_the_hub_cache_is_used_without_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--Qwen--Qwen3-0.6B"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").touch()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    with caplog.at_level(logging.INFO, "common.model_files"):
+        assert tokenizer_folder("Qwen/Qwen3-0.6B") == snapshot
+        assert served_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert not caplog.records
+
+
+def test_a_download_is_announced_and_its_failure_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with (
+        caplog.at_level(logging.INFO, "common.model_files"),
+        pytest.raises(FileNotFoundError, match="there is no file or folder 'no/such'") as caught,
+    ):
+        tokenizer_folder("no/such")
+    assert "\n" not in str(caught.value)
+    assert "downloading the tokenizer of no/such" in caplog.text
