@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 READY_TIMEOUT = 60.0
 STOP_TIMEOUT = 40.0  # longer than a component's own limit for its drain
+LOG_LINES = 1000
 SHOWN_LINES = 20
 
 # The guard learns the process group before the program begins, so there is no moment at
@@ -58,7 +59,7 @@ class Child:
         self.command = [str(part) for part in command]
         self.environment = dict(environment)
         self.ready_line = ready_line
-        self.log: deque[str] = deque(maxlen=1000)
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
         self.status = ""
         self.stopping = False
         self.ready: Future[None] = new_future()

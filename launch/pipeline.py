@@ -64,6 +64,11 @@ class Pipeline:
         others = [self.processes[other] for other in tier if other in self.processes]
         return any(child.name != name and not child.exited.done() for child in others)
 
+    def kill(self) -> None:
+        """SIGKILL to every process; does not wait."""
+        for child in self.processes.values():
+            child.kill()
+
     async def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Stop the frontend first, then what it calls; the replicas of a component together."""
         for tier in reversed(self.tiers):

@@ -1,10 +1,15 @@
 """TCP ports on this machine."""
 
+import itertools
+import random
 import socket
 
 from launch.errors import LaunchError
 
 LOOPBACK = "127.0.0.1"
+# Below those that Linux gives to connections and to whoever asks for any port, and each one
+# once: a port must still be free when it is used, a good while after it was found to be.
+_PORTS = itertools.cycle(random.sample(range(15000, 32768), 17768))
 
 
 def is_free(port: int) -> bool:
@@ -22,10 +27,7 @@ def is_free(port: int) -> bool:
 
 def free_port() -> int:
     """A port that was free a moment ago; another program may take it before it is used."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        port: int = listener.getsockname()[1]
-    return port
+    return next(port for port in _PORTS if is_free(port))
 
 
 def free_port_near(default: int) -> int:

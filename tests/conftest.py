@@ -4,6 +4,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+from launch import child
 from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
@@ -12,6 +13,8 @@ from launch.servers import etcd_server, nats_server, server_environment
 
 import pytest
 import pytest_asyncio
+
+child.LOG_LINES = 100_000  # tests look for lines, which must not scroll off while they do
 
 StartPipeline = Callable[..., AbstractAsyncContextManager[Pipeline]]
 
@@ -65,7 +68,8 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
 
     Options of the launcher by name; `start` names the processes to start now (default all);
     `wait=False` does not wait until they are ready; `arguments` adds command-line arguments
-    by component; `environment` replaces that of the shared servers.
+    by component; `environment` replaces that of the shared servers. What has not been stopped
+    at the end of the block is killed: how components drain is the subject of tests of its own.
     """
 
     @asynccontextmanager
@@ -100,5 +104,6 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
             if wait:
                 await running.wait_ready()
             yield running
+            running.kill()
 
     return start_one

@@ -35,6 +35,7 @@ async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
         ) as running:
             await running.wait_ready()
             yield running
+            running.kill()
     print(*lines[-200:], sep="\n")
 
 

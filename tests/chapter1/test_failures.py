@@ -27,7 +27,7 @@ import httpx
 import psutil
 import pytest
 
-AT_ONCE_S = 2.0  # what is measured is some 10 ms; the rest is for a busy machine
+AT_ONCE_S = 8.0  # some 10 ms, the rest for a busy machine; who waits for a lease waits 10 s
 STEPS_OF_20_MS = ["--log-level=debug", *engine_settings(decode_base_ms=20)]
 
 
@@ -105,7 +105,7 @@ async def test_kill_9_of_the_frontend_ends_its_work(start_pipeline: StartPipelin
             with pytest.raises(httpx.HTTPError):
                 await answer.read_all()
         engine = running.processes["engine0"]
-        await eventually(lambda: engine_ended(engine, answer.request_id), AT_ONCE_S)
+        await eventually(lambda: engine_ended(engine, answer.request_id))
         running.start("frontend")
         await running.wait_ready()
     async with http_client(running.url) as client:
@@ -115,12 +115,16 @@ async def test_kill_9_of_the_frontend_ends_its_work(start_pipeline: StartPipelin
 
 async def test_one_of_two_engines_dies(start_pipeline: StartPipeline) -> None:
     """Only the streams that it had begun fail; what it had not answered yet, the other answers."""
-    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=200, prefill_chunk=64)
-    arguments = {"engine": ["--log-level=debug", *slow_prefill]}
     async with (
-        start_pipeline(engines=2, arguments=arguments) as running,
+        start_pipeline(engines=2, start=[]) as running,
         http_client(running.url) as client,
     ):
+        # However long it takes to kill it, it has not answered by then.
+        for_ever = engine_settings(prefill_tokens_per_s=1, prefill_chunk=64)
+        running.commands["engine0"] += ["--log-level=debug", *for_ever]
+        for name in running.commands:
+            running.start(name)
+        await running.wait_ready()
         dying = running.processes["engine0"]
         prompts = [" ".join([word] * 150) for word in ("one", "two", "three", "four")]
         asked = [
@@ -239,7 +243,7 @@ async def test_nats_goes_away_and_comes_back(
             client.post(CHAT, json=chat(max_tokens=1, stream=True)),
             client.get("/health"),
         )
-        assert time.monotonic() - began < 15, "the runtime gives up after 10 s"
+        assert time.monotonic() - began < 25, "the runtime gives up after 10 s"
         assert [response.status_code for response in during] == [503] * 3
         assert (await client.get("/live")).status_code == 200
         seen = len(answer.text)
@@ -290,8 +294,8 @@ async def test_etcd_restarts_under_load(start_pipeline: StartPipeline, children:
         running.processes["engine0"].terminate()
         await running.processes["engine0"].wait()
         running.start("engine0")
-        await statuses_until_served(client, timeout=30)
-        await eventually(lambda: is_healthy(client), timeout=30)
+        await statuses_until_served(client, timeout=60)
+        await eventually(lambda: is_healthy(client), timeout=60)
 
 
 async def test_etcd_is_away_longer_than_the_lease(
@@ -309,7 +313,7 @@ async def test_etcd_is_away_longer_than_the_lease(
         await answer.read_text()
         etcd.kill()
         await etcd.wait()
-        ended = [child.wait(timeout=40) for child in running.processes.values()]
+        ended = [child.wait(timeout=60) for child in running.processes.values()]
         waiting = asyncio.gather(*ended)
         await answer.read_all()
         assert answer.finish_reason == "length", "what runs is finished"
@@ -340,7 +344,7 @@ async def test_an_engine_that_fails_ends_its_process(
             await answer.read_all()
         assert answer.error is not None
         assert "out of memory (injected)" in answer.error["message"]
-        assert await engine.wait(timeout=10) == 1
+        assert await engine.wait(timeout=30) == 1
         assert lines_about(engine, "failed: out of memory (injected)")
 
 

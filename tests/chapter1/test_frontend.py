@@ -24,7 +24,7 @@ async def test_an_upload_that_stalls_does_not_hold_up_the_end(
             connection.sendall(head.encode())
             await eventually(lambda: in_flight(running.url))
             frontend.terminate()
-            assert await frontend.wait(10) == 0
+            assert await frontend.wait(30) == 0
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1000) == b""
         assert lines_about(frontend, "drain took longer")

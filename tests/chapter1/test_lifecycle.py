@@ -49,7 +49,7 @@ async def test_a_signal_lets_streams_finish(
             async def deregistered() -> bool:
                 return not any(entry.startswith(component) for entry in await registered(running))
 
-            await eventually(deregistered, timeout=2)
+            await eventually(deregistered)
             assert stopped.running
             assert streamed.finish_reason is None
             await streamed.read_all()
@@ -57,7 +57,7 @@ async def test_a_signal_lets_streams_finish(
             response = await whole
         assert response.status_code == 200
         assert response.json()["usage"]["completion_tokens"] == 150
-        assert await stopped.wait(timeout=5) == 0
+        assert await stopped.wait(timeout=20) == 0
         assert not lines_about(stopped, "Traceback")
 
 
@@ -77,7 +77,7 @@ async def test_a_replica_that_leaves_under_load_loses_no_request(
             for _ in range(3):
                 await work.answers(10)
                 running.processes[name].terminate()
-                assert await running.processes[name].wait(timeout=10) == 0
+                assert await running.processes[name].wait(timeout=30) == 0
                 await work.answers(10)
                 running.start(name)
                 await running.processes[name].wait_ready()
@@ -97,8 +97,8 @@ async def test_a_drain_has_a_limit(start_pipeline: StartPipeline) -> None:
             await answer.read_all()
         assert answer.error is not None
         assert answer.error["code"] == "unavailable"
-        assert 1 <= time.monotonic() - began < 3
-        assert await running.processes["engine0"].wait(timeout=5) == 0
+        assert 1 <= time.monotonic() - began < 20, "the answer would take 100 s"
+        assert await running.processes["engine0"].wait(timeout=20) == 0
         assert lines_about(running.processes["engine0"], "drain took longer than 1 s")
 
 
@@ -117,7 +117,7 @@ async def test_a_second_signal_is_final(start_pipeline: StartPipeline, name: str
         process.send_signal(signal.SIGINT)
         await eventually(lambda: lines_about(child, "draining"))
         process.send_signal(signal.SIGINT)
-        assert await child.wait(timeout=2) == 128 + signal.SIGINT
+        assert await child.wait(timeout=20) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("name", ["engine0", "processor", "frontend"])
@@ -133,7 +133,7 @@ async def test_servers_that_come_late(
         child = running.processes[name]
         await eventually(lambda: lines_about(child, f"waiting for nats://127.0.0.1:{nats_port}"))
         child.terminate()
-        assert await child.wait(timeout=2) == 0
+        assert await child.wait(timeout=20) == 0
         running.start(name)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(nats_server(children, nats_port))
@@ -167,5 +167,5 @@ async def test_a_signal_while_etcd_is_away(
             engine.terminate()
             await answer.read_all()
         assert answer.finish_reason == "length"
-        assert await engine.wait(timeout=20) == 0
+        assert await engine.wait(timeout=30) == 0
         assert lines_about(engine, "still listed until its lease expires")

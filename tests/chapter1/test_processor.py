@@ -84,6 +84,6 @@ async def test_a_signal_while_it_waits_for_an_engine(start_pipeline: StartPipeli
         await eventually(lambda: lines_about(frontend, "listening on"))
         await processor.wait_ready()
         processor.terminate()
-        assert await processor.wait(timeout=5) == 0
+        assert await processor.wait(timeout=20) == 0
         frontend.terminate()
-        assert await frontend.wait(timeout=5) == 0
+        assert await frontend.wait(timeout=20) == 0

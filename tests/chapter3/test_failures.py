@@ -128,7 +128,7 @@ async def test_engines_leave_die_and_come_back_under_load(
                     engine.kill()
                 else:
                     engine.terminate()
-                status = await engine.wait(timeout=10)
+                status = await engine.wait(timeout=30)
                 assert dies or status == 0
                 await work.answers(10)
                 running.start(name)
