@@ -25,6 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a test that skips because the machine lacks something fails",
     )
+    parser.addoption(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="run tests/contract with this engine; may repeat (llamacpp and simulated)",
+    )
+    parser.addoption("--engine-model", metavar="PATH", help="its model, for tests/contract")
+    parser.addoption(
+        "--engine-flags", default="", metavar="FLAGS", help="of sglang and vllm, for tests/contract"
+    )
 
 
 @pytest.hookimpl(wrapper=True)
