@@ -8,7 +8,7 @@ from chapter3.policies import least_loaded
 from chapter3.policy_loader import load_policy
 from chapter3.scoring import PolicyError, Scored, best, reason, scored
 from chapter3.snapshot import Policy, Snapshot, WorkerView
-from common.protocol_routing import PolicyState, RouteOutput, ScoredCandidate
+from common.protocol_routing import PolicyState, PrefillChoice, RouteOutput, ScoredCandidate
 from common.telemetry import log
 
 MAX_WARNINGS = 10  # about failures of one policy: its messages may differ each time
@@ -19,7 +19,8 @@ SLOW_S = 0.1
 class Decision:
     """One decision, for those who want to know why; `shadow` has the shadow policy's scores.
 
-    `tokens_hashes` are the prompt's, by the chosen engine's block size.
+    `tokens_hashes` are the prompt's, by the chosen engine's block size. With `prefill` another
+    engine computes the prompt, a request of its own by the name of `prefill_id`.
     """
 
     snapshot: Snapshot
@@ -28,6 +29,8 @@ class Decision:
     reason: str
     shadow: list[Scored] | None = None
     tokens_hashes: Sequence[int] = ()
+    prefill: "Decision | None" = None
+    prefill_id: str = ""
 
     @property
     def worker(self) -> WorkerView:
@@ -118,6 +121,20 @@ def output(decision: Decision, *, queued_ms: float = 0.0) -> RouteOutput:
         queued_ms=queued_ms,
         reason=decision.reason,
         candidates=candidates(decision),
+        prefill=_prefill_choice(decision),
+    )
+
+
+def _prefill_choice(decision: Decision) -> PrefillChoice | None:
+    if decision.prefill is None:
+        return None
+    worker = decision.prefill.worker
+    return PrefillChoice(
+        decision.prefill_id,
+        worker.instance_id,
+        worker.worker_id,
+        worker.overlap_blocks,
+        decision.prefill.reason,
     )
 
 

@@ -3,18 +3,22 @@
 Endpoints: `engine.generate` runs the model, `engine.info` says which model that is. For the
 router it publishes over ZMQ what it has cached and how busy it is: `engine.kv_source` says where,
 and `engine.kv_snapshot` gives what is cached now to who was not there when it happened.
-`engine.clear_kv_blocks` forgets what no running request holds.
+`engine.clear_kv_blocks` forgets what no running request holds. With `--role prefill` it computes
+prompts for engines with `--role decode`, which fetch the KV cache from it.
 """
 
 import argparse
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
+from chapter3.disaggregation import add_role_argument
+from common.engines.base import Engine
 from common.engines.start import add_engine_arguments, parse_engine_arguments, start_engine
 from common.kv_arguments import add_kv_arguments, kv_host
 from common.kv_publisher import publishing
+from common.kv_transfer.start import add_kv_transfer_arguments, kv_transfer
 from common.protocol import (
     EngineOutput,
     GenerateRequest,
@@ -31,10 +35,22 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 @dynamo_worker()
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
-    try:
-        engine = await start_engine(args)
-    except (OSError, ValueError) as error:
-        raise ComponentError(str(error)) from error
+    async with AsyncExitStack() as stack:
+        transfer = None
+        if args.role != "aggregated" and args.backend == "llamacpp":
+            kv = kv_transfer(args.kv_transfer, args.kv_host or kv_host())
+            transfer = await stack.enter_async_context(kv)
+        try:
+            engine = await start_engine(args, transfer)
+        except (OSError, ValueError) as error:
+            raise ComponentError(str(error)) from error
+        await serve(runtime, args, life, engine)
+
+
+async def serve(
+    runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle, engine: Engine
+) -> None:
+    """Serve the engine until it is to stop, and close it."""
     info = engine.info
     size = f"context {info.context_length} tokens, {info.total_blocks} blocks of {info.block_size}"
     log.info("%s on %s: %s", info.model, info.backend, size)
@@ -51,7 +67,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 async for ready in batches:
                     output = merge_outputs(ready)
                     tokens += len(output.token_ids)
-                    reason = output.finish_reason or reason
+                    reason = "handover" if output.kv else output.finish_reason or reason
                     yield to_wire(output)
         except PipelineError as error:
             log.warning("refused: %s", error)
@@ -80,6 +96,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async with publishing(
         engine, host, args.kv_events_port, args.metrics_port, args.tag
     ) as publisher:
+        publisher.source.role = args.role
         try:
             await life.serve(
                 runtime,
@@ -103,6 +120,8 @@ def parse_args() -> argparse.Namespace:
     add_common_arguments(parser)
     add_engine_arguments(parser)
     add_kv_arguments(parser)
+    add_kv_transfer_arguments(parser)
+    add_role_argument(parser)
     parser.add_argument(
         "--tag",
         action="append",

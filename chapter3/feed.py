@@ -92,7 +92,8 @@ class Feed:
         worker = self.selector.workers.get(instance)
         if worker is None:
             worker = self.selector.workers[instance] = Worker(instance, source)
-            worker.tags = frozenset(source.tags)
+            role = set() if source.role == "aggregated" else {source.role}
+            worker.tags = frozenset(source.tags) | role
         with (
             self._subscribe(source, source.events) as events,
             self._subscribe(source, source.metrics) as metrics,

@@ -5,6 +5,7 @@ Needs no network and no clock of its own; times are in seconds of any clock.
 
 from dataclasses import dataclass, field
 
+from common.dispatch import NOT_LISTED
 from common.protocol import (
     EngineOutput,
     EngineTimings,
@@ -14,6 +15,7 @@ from common.protocol import (
     PipelineError,
     SamplingParams,
 )
+from common.protocol_routing import ReportKind
 
 DEFAULT_MIGRATION_LIMIT = 3
 # So many engines may die over the same token of an answer before the next one is not risked. One
@@ -71,9 +73,14 @@ class Progress:
             self._first_token = now
         self.tokens += output.token_ids
         self.finished = output.finish_reason is not None
-        if output.timings is not None:
+        if output.timings is not None and not self.finished:
+            # Another engine goes on.
+            self._lost.queue_ms += output.timings.queue_ms
+            self._lost.prefill_ms += output.timings.prefill_ms
+            output.timings = None
+        elif output.timings is not None:
             output.timings = EngineTimings(
-                output.timings.queue_ms,
+                output.timings.queue_ms + self._lost.queue_ms,
                 output.timings.prefill_ms + self._lost.prefill_ms,
                 output.timings.decode_ms + self._lost.decode_ms,
             )
@@ -146,3 +153,22 @@ def failure_in(output: EngineOutput, *, stopped: bool) -> PipelineError | None:
         output.finish_reason = output.timings = None
     output.error = None
     return failure
+
+
+def verdict(failure: Exception | None) -> ReportKind:
+    """What the router is told of an engine that did not finish the answer."""
+    refused = isinstance(failure, PipelineError) and not is_fault(failure.info)
+    return "finished" if refused else "failed"
+
+
+def is_gone(failure: Exception) -> bool:
+    """Whether the engine that failed is not to be chosen by others either."""
+    return NOT_LISTED not in str(failure) and verdict(failure) == "failed"
+
+
+def broken_off(error: PipelineError, made: int) -> PipelineError:
+    """Why nobody can go on, after so many tokens."""
+    if made == 0:
+        return error
+    message = f"The engine was lost after {made} tokens, and no other can go on: {error}"
+    return PipelineError(error.info.kind, message, retry_after_s=error.info.retry_after_s)

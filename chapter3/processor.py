@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from chapter3.migration import DEFAULT_MIGRATION_LIMIT, Progress
+from chapter3.remote_prefill import DEFAULT_PREFILL_TIMEOUT_S, RemotePrefill
 from chapter3.reports import reporting
 from chapter3.routed_stream import Hops, routed_stream
 from chapter3.router_client import ask_router
-from common.arguments import non_negative_int
+from common.arguments import non_negative_int, positive_seconds
 from common.dispatch import dispatch
 from common.model_files import DEFAULT_MODEL
 from common.prompt import check_fits, tokenize
@@ -140,15 +141,21 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         return found
 
     async with reporting(router_report) as reporter:
-        hops = Hops(model.name, engine, router, router_state, reporter, args.router_fallback)
-        await life.serve(
-            runtime,
-            {
-                f"{args.namespace}.processor.process": process,
-                f"{args.namespace}.processor.info": info,
-            },
-            draining=reporter.drain,
+        prefill = RemotePrefill(engine, args.prefill_timeout)
+        hops = Hops(
+            model.name, engine, router, router_state, reporter, prefill, args.router_fallback
         )
+        try:
+            await life.serve(
+                runtime,
+                {
+                    f"{args.namespace}.processor.process": process,
+                    f"{args.namespace}.processor.info": info,
+                },
+                draining=reporter.drain,
+            )
+        finally:
+            await prefill.close()
 
 
 async def ask_engine(client: Client, context: Context) -> EngineInfo:
@@ -195,6 +202,14 @@ def parse_args() -> argparse.Namespace:
         default=env("MIGRATION_LIMIT", str(DEFAULT_MIGRATION_LIMIT)),
         help="when an engine dies in the midst of an answer, another one goes on with it, so many "
         "times at most; 0 lets the answer break off (env MIGRATION_LIMIT, %(default)s)",
+    )
+    parser.add_argument(
+        "--prefill-timeout",
+        type=positive_seconds,
+        metavar="SECONDS",
+        default=env("PREFILL_TIMEOUT", f"{DEFAULT_PREFILL_TIMEOUT_S:g}"),
+        help="a prompt that a prefill engine has not computed by then is computed by the engine "
+        "that generates the answer (env PREFILL_TIMEOUT, %(default)s)",
     )
     return parser.parse_args()
 

@@ -80,6 +80,10 @@ class Attempt:
         self._request_id = request_id
         self._instance = instance
         self._reporter.begin()
+        self.sent()
+
+    def sent(self) -> None:
+        """The engine gets it only now."""
         self._sent = time.monotonic()
         self._first_token: float | None = None
         self._tokens = 0

@@ -6,18 +6,27 @@ request, and after that with one that goes on where the answer broke off.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from chapter3.migration import Progress, failure_in, is_fault
+from chapter3.disaggregation import prefill_id
+from chapter3.migration import Progress, broken_off, failure_in, is_gone, verdict
+from chapter3.remote_prefill import RemotePrefill
 from chapter3.reports import Attempt, Reporter
-from chapter3.router_client import NoRouterError, ask_router, find_worker
+from chapter3.router_client import NoRouterError, find_worker, is_silent
 from chapter3.silence import Silence, SilentEngineError
-from common.dispatch import DIED, NOT_LISTED, dispatch
+from common.dispatch import DIED, dispatch
 from common.protocol import EngineOutput, PipelineError, from_wire, hop_error, to_wire
-from common.protocol_router import WorkerState
-from common.protocol_routing import ReportKind, RoutedProcessRequest, RouteOutput, RouteRequest
+from common.protocol_routing import (
+    PrefillChoice,
+    ReportKind,
+    RoutedProcessRequest,
+    RouteOutput,
+    RouteRequest,
+)
+from common.protocol_transfer import KvDescriptor
 from common.telemetry import request_log
 
 from dynamo.runtime import Client, Context
@@ -33,6 +42,7 @@ class Hops:
     router: Client
     router_state: Client
     reporter: Reporter
+    prefill: RemotePrefill
     fallback: bool
 
 
@@ -100,7 +110,9 @@ class _Route:
         context: Context,
     ) -> None:
         self.attempt: Attempt | None = None
-        self.silence = Silence(hops.engine.instance_ids, self._hangs)
+        hangs = partial(is_silent, hops.router_state)
+        self.silence = Silence(hops.engine.instance_ids, hangs)
+        self._prefill_silence = Silence(hops.engine.instance_ids, hangs)
         self._hops = hops
         self._request = request
         self._progress = progress
@@ -111,14 +123,48 @@ class _Route:
         self._chosen: RouteOutput | None = None  # None: engines take turns
         self._failure: Exception | None = None  # for which another engine goes on
 
-    def send(self) -> Awaitable[AsyncIterator[Any]]:
-        engine, generate = self._hops.engine, to_wire(self._progress.request())
+    async def send(self) -> AsyncIterator[Any]:
         self._progress.sent(time.perf_counter())
+        if self._chosen is not None and self._chosen.prefill is not None:
+            return self._by_way_of(self._chosen.prefill)
+        return await self._send_on(None)
+
+    async def _send_on(self, kv: KvDescriptor | None) -> AsyncIterator[Any]:
+        """To the engine that generates; with `kv` it need not compute the prompt."""
+        engine = self._hops.engine
+        generate = to_wire(replace(self._progress.request(), kv=kv))
         self.silence.expect(None if self._chosen is None else self._chosen.instance_id)
         if self._chosen is None:
-            return engine.round_robin(generate, annotated=False, context=self._context)
+            return await engine.round_robin(generate, annotated=False, context=self._context)
         instance = self._chosen.instance_id
-        return engine.direct(generate, instance, annotated=False, context=self._context)
+        return await engine.direct(generate, instance, annotated=False, context=self._context)
+
+    async def _by_way_of(self, prefill: PrefillChoice) -> AsyncGenerator[Any, None]:
+        """The stream of the engine that generates, once another one has computed the prompt."""
+        decoding = self.attempt
+        self.attempt = Attempt(self._hops.reporter, prefill.request_id, prefill.instance_id)
+        kind: ReportKind = "failed"
+        kv: KvDescriptor | None = None
+        try:
+            computed = await self._hops.prefill.compute(
+                self._progress.request(), prefill.instance_id, self._prefill_silence, self._context
+            )
+            kind, kv, computed.kv = "finished", computed.kv, None
+            yield to_wire(computed)
+            if computed.finish_reason is not None:
+                return
+        except Exception as error:
+            if self._context.is_stopped():
+                raise
+            kind = verdict(error)
+            self._log.warning("worker %d did not compute the prompt: %s", prefill.worker_id, error)
+        finally:
+            self.end(kind)
+            self.attempt = decoding
+        if decoding is not None:
+            decoding.sent()
+        async for item in await self._send_on(kv):
+            yield item
 
     def lose(self, failure: Exception) -> None:
         """Have another engine go on; raises the failure if that is not to be."""
@@ -126,7 +172,7 @@ class _Route:
         info = failure.info if isinstance(failure, PipelineError) else hop_error(failure, "engine")
         died = not in_band or info.kind == "internal"
         if not self._progress.lose(info, time.perf_counter(), died=died):
-            self.end(_verdict(failure))
+            self.end(verdict(failure))
             raise failure
         self._failure = failure
 
@@ -140,16 +186,17 @@ class _Route:
         lost, self._failure = self._failure, None
         failure, before = failure or lost, self._chosen
         self.silence.expect(None)
-        self.end(_verdict(failure))
+        self.end(verdict(failure))
         try:
-            self._chosen = await self._find(_gone(before, failure))
+            gone = before is not None and failure is not None and is_gone(failure)
+            self._chosen = await self._find([before.instance_id] if before and gone else [])
         except NoRouterError as error:
             if not self._hops.fallback or self._context.is_stopped():
-                raise self._hopeless(error) from error
+                raise self._broken_off(error) from error
             self._log.warning("round robin instead: %s", error)
             self._chosen = None
         except PipelineError as error:
-            raise self._hopeless(error) from error
+            raise self._broken_off(error) from error
         else:
             self._log.info("worker %d: %s", self._chosen.worker_id, self._chosen.reason)
         if lost is not None:
@@ -186,7 +233,8 @@ class _Route:
             try:
                 found = await find_worker(self._hops.router, wanted, self._context)
             except (NoRouterError, asyncio.CancelledError):
-                self._hops.reporter.never_sent(wanted.request_id)  # it may have chosen all the same
+                for name in (prefill_id(wanted.request_id), wanted.request_id):
+                    self._hops.reporter.never_sent(name)  # it may have chosen all the same
                 raise
             self.attempt = Attempt(self._hops.reporter, wanted.request_id, found.instance_id)
             self._tried.append(found.instance_id)
@@ -195,31 +243,6 @@ class _Route:
             self.end("failed")  # it has left, or joined, this very moment
             failed = []
 
-    async def _hangs(self, instance: int) -> bool:
-        """Whether the router hears nothing of an engine; no, if there is no telling."""
-        try:
-            states = await ask_router(self._hops.router_state, {}, WorkerState, Context())
-        except PipelineError:
-            return False
-        return any(s.instance_id == instance and s.state == "silent" for s in states)
-
-    def _hopeless(self, error: PipelineError) -> PipelineError:
-        """Why the router names no engine; in the midst of an answer, also that it broke off."""
-        made = len(self._progress.tokens)
-        if made == 0 or self._context.is_stopped():
-            return error
-        message = f"The engine was lost after {made} tokens, and no other can go on: {error}"
-        return PipelineError(error.info.kind, message, retry_after_s=error.info.retry_after_s)
-
-
-def _gone(before: RouteOutput | None, failure: Exception | None) -> list[int]:
-    """The engine that failed, unless it may be as good as ever for other requests."""
-    if before is None or failure is None or NOT_LISTED in str(failure):
-        return []
-    return [before.instance_id] if _verdict(failure) == "failed" else []
-
-
-def _verdict(failure: Exception | None) -> ReportKind:
-    """What the router is told of an engine that did not finish the answer."""
-    refused = isinstance(failure, PipelineError) and not is_fault(failure.info)
-    return "finished" if refused else "failed"
+    def _broken_off(self, error: PipelineError) -> PipelineError:
+        stopped = self._context.is_stopped()
+        return error if stopped else broken_off(error, len(self._progress.tokens))

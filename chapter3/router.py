@@ -20,12 +20,18 @@ from chapter3.admission_gate import admitting, decision_of
 from chapter3.admission_metrics import serving_metrics
 from chapter3.canary import add_health_arguments, watching_health
 from chapter3.decision import PolicyInUse, output, policy_state
+from chapter3.disaggregation import (
+    add_remote_prefill_arguments,
+    is_prefill_id,
+    prefill_rule,
+)
 from chapter3.feed import following
 from chapter3.health import FleetHealth
 from chapter3.policy_loader import DEFAULT_POLICY, POLICIES, load_policy
 from chapter3.replicas import Others, sharing
 from chapter3.selector import Selector
 from chapter3.watch import Watched
+from chapter3.worker_state import worker_state
 from common.kv_arguments import kv_host
 from common.protocol import PipelineError, from_wire, to_wire
 from common.protocol_replicas import EngineFailed, Reported
@@ -50,6 +56,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     selector.health = FleetHealth(args.slow_ratio, canaries=not args.no_canaries)
     if args.shadow:
         selector.shadow = PolicyInUse.named(args.shadow)
+    selector.prefill_rule = prefill_rule(args)
     watched = Watched(selector)
     watched.router = runtime.endpoint(f"{args.namespace}.router.watch").connection_id()
     log.info("policy %s%s", args.policy, f", in its shadow {args.shadow}" if args.shadow else "")
@@ -58,9 +65,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         try:
             wanted = from_wire(request, RouteRequest)
             for instance in wanted.failed:
-                selector.health.failed(instance, wanted.request_id, time.monotonic())
-                selector.fail(instance)
-                replicas.tell(EngineFailed(instance, wanted.request_id))
+                engine_failed(instance, wanted.request_id)
             if context.is_stopped():  # after a slow decision, many have given up
                 raise PipelineError("unavailable", "The client has left.")
             ticket = gate.offer(wanted)
@@ -73,11 +78,17 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             found = output(decision, queued_ms=queued_ms)
             if context.is_stopped():
                 # It will never be sent.
-                take_report(RequestReport(wanted.request_id, found.instance_id, "failed"))
+                for name in (wanted.request_id, decision.prefill_id):
+                    take_report(RequestReport(name, 0, "failed"))
         except PipelineError as error:
             found = RouteOutput(error=error.info)
         request_log(context.id()).debug("worker %d: %s", found.worker_id, found.reason)
         yield to_wire(found)
+
+    def engine_failed(instance: int, request_id: str) -> None:
+        selector.health.failed(instance, request_id, time.monotonic())
+        selector.fail(instance)
+        replicas.tell(EngineFailed(instance, request_id))
 
     async def report(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         for known in from_wire(request, RequestReports).reports:
@@ -87,6 +98,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     def take_report(known: RequestReport) -> None:
         selector.report(known, time.monotonic())
         replicas.tell(Reported(known))
+        # Who decodes goes on without a prefill engine that failed, so nobody asks for another one.
+        if is_prefill_id(known.request_id) and known.kind == "failed" and known.instance_id:
+            engine_failed(known.instance_id, known.request_id)
         gate.changed()
 
     async def policy(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -103,7 +117,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         cached = selector.index.blocks() if from_wire(request, StateRequest).blocks else {}
         for known in list(selector.workers.values()):  # they come and go between two items
             blocks = cached.get(known.instance, [])
-            yield to_wire(selector.state(known, blocks, time.monotonic()))
+            yield to_wire(worker_state(selector, known, blocks, time.monotonic()))
 
     # Clients come first: endpoints that are made while another task uses one may block for ever.
     engines = await runtime.endpoint(f"{args.namespace}.engine.generate").client()
@@ -178,6 +192,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_admission_arguments(parser)
     add_health_arguments(parser)
+    add_remote_prefill_arguments(parser)
     return parser.parse_args()
 
 

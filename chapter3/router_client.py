@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from common.dispatch import dispatch
 from common.protocol import ErrorInfo, PipelineError, from_wire, hop_error, to_wire
+from common.protocol_router import WorkerState
 from common.protocol_routing import RouteOutput, RouteRequest
 from common.telemetry import request_log
 
@@ -42,6 +43,15 @@ async def find_worker(router: Client, request: RouteRequest, context: Context) -
     if outputs[-1].error is not None:
         raise PipelineError.of(outputs[-1].error)
     return outputs[-1]
+
+
+async def is_silent(router_state: Client, instance: int) -> bool:
+    """Whether the router hears nothing of an engine; no, if there is no telling."""
+    try:
+        states = await ask_router(router_state, {}, WorkerState, Context())
+    except PipelineError:
+        return False
+    return any(s.instance_id == instance and s.state == "silent" for s in states)
 
 
 async def ask_router(client: Client, request: Any, answer: type[T], context: Context) -> list[T]:

@@ -8,14 +8,14 @@ from functools import partial
 
 from chapter3.active import ActiveRequests
 from chapter3.decision import Decision, PolicyInUse, decide
+from chapter3.disaggregation import PrefillRule, is_prefill_id, prefill_id
+from chapter3.eligible import decode_engines, prefill_engines
 from chapter3.health import FleetHealth
 from chapter3.index import KvIndex, prefix_names
 from chapter3.snapshot import RequestView, Snapshot, WorkerView, request_view
 from chapter3.workers import Worker
-from common.protocol import PipelineError
 from common.protocol_replicas import Routed
-from common.protocol_router import State
-from common.protocol_routing import RequestReport, RoutedWorkerState, RouteRequest
+from common.protocol_routing import RequestReport, RouteRequest
 
 from dynamo.llm import compute_block_hash_for_seq
 
@@ -34,6 +34,7 @@ class Selector:
     active: ActiveRequests = field(default_factory=ActiveRequests)
     health: FleetHealth = field(default_factory=FleetHealth)
     rng: random.Random = field(default_factory=random.Random)
+    prefill_rule: PrefillRule = field(default_factory=PrefillRule)
     mean_output_tokens: float = 128.0
     changed: Callable[[], None] = lambda: None  # called when an engine may have room again
     tell: Callable[[Routed], None] = lambda routed: None  # called with every decision
@@ -69,13 +70,45 @@ class Selector:
     ) -> Decision:
         """`select` for a prompt of which only the hashes are known, by block size."""
         workers = self.eligible(model, excluded, now)
-        hashes_by_size, names, cached = self._known_blocks(workers, block_hashes)
+        decision, names = self._decide(workers, request, block_hashes, now)
+        if self.workers[decision.worker.instance_id].source.role == "decode":
+            self._decide_prefill(decision, request_id, block_hashes, model, excluded)
+        self._route(request_id, decision, names)
+        return decision
+
+    def _decide_prefill(
+        self,
+        decision: Decision,
+        request_id: str,
+        block_hashes: Callable[[int], list[int]],
+        model: str,
+        excluded: Collection[int],
+    ) -> None:
+        """Have another engine compute the prompt, if there is one and it pays."""
+        request, now = decision.snapshot.request, decision.snapshot.now
+        engines = prefill_engines(self.workers.values(), self.health, model, excluded, now)
+        if not engines:
+            return
+        prefill, names = self._decide(engines, request, block_hashes, now)
+        if self.prefill_rule.pays(decision.worker, prefill.worker):
+            decision.prefill, decision.prefill_id = prefill, prefill_id(request_id)
+            decision.reason += f"; the prompt is computed by worker {prefill.worker.worker_id}"
+            self._route(decision.prefill_id, prefill, names)
+
+    def _decide(
+        self,
+        workers: Sequence[Worker],
+        request: RequestView,
+        block_hashes: Callable[[int], list[int]],
+        now: float,
+    ) -> tuple[Decision, list[int]]:
+        """The policy's choice among some engines, and the names of the prompt's blocks there."""
+        hashes, names, cached = self._known_blocks(workers, block_hashes)
         views = self._worker_views(workers, names, cached, request.prompt_tokens, now)
         snapshot = Snapshot(request, views, now, self.rng.getrandbits(SEED_BITS))
         decision = decide(snapshot, self.policy, self.shadow)
-        decision.tokens_hashes = hashes_by_size[decision.worker.block_size]
-        self._route(request_id, decision, names[decision.worker.block_size])
-        return decision
+        decision.tokens_hashes = hashes[decision.worker.block_size]
+        return decision, names[decision.worker.block_size]
 
     def views(
         self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()
@@ -101,7 +134,8 @@ class Selector:
             self.health.ended(request.instance, request_id)
         self.active.finish(request_id, now)
         if known.kind == "finished":
-            self.finished(tokens)
+            if not is_prefill_id(request_id):
+                self.finished(tokens)
             self.health.finished(instance, request_id, seconds, tokens, now)
         elif tokens:
             self.health.failed(instance, request_id, now)
@@ -128,26 +162,6 @@ class Selector:
         self.index.remove(instance)
         self.active.remove_instance(instance)
         self.changed()
-
-    def state(self, worker: Worker, block_hashes: list[int], now: float) -> RoutedWorkerState:
-        """What is known of an engine."""
-        state: State = "failed" if worker.failed else "ready" if worker.synced else "starting"
-        if state == "ready" and worker.is_silent(now):
-            state = "silent"
-        load = self.active.load(worker.instance)
-        return RoutedWorkerState(
-            instance_id=worker.instance,
-            worker_id=worker.source.info.worker_id,
-            model=worker.source.info.model,
-            state=state,
-            blocks=self.index.block_count(worker.instance),
-            metrics=worker.metrics,
-            block_hashes=block_hashes,
-            active=load.prefill_requests + load.decode_requests,
-            health=self.health.state(worker.instance),
-            health_reason=self.health.why(worker.instance),
-            tags=tuple(sorted(worker.tags)),
-        )
 
     def _known_blocks(
         self, workers: Sequence[Worker], block_hashes: Callable[[int], list[int]]
@@ -183,13 +197,15 @@ class Selector:
     def _route(self, request_id: str, decision: Decision, names: list[int]) -> None:
         """Count the prompt as sent to the engine that was chosen."""
         view, request = decision.worker, decision.snapshot.request
+        # What another engine computes is as good as cached.
+        own_tokens = 0 if decision.prefill is not None else round(view.new_tokens)
         routed = Routed(
             request_id,
             view.instance_id,
             names,
             view.overlap_blocks,
-            own_tokens=round(view.new_tokens),
-            tokens=view.prefill_tokens + round(view.new_tokens),
+            own_tokens=own_tokens,
+            tokens=view.prefill_tokens + own_tokens,
             own_blocks=1 + round(request.output_tokens / view.block_size),
             waits=self.workers[view.instance_id].is_full(view),
         )
@@ -224,27 +240,5 @@ class Selector:
             )
 
     def eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:
-        """The engines to choose from: silent and sick ones only if there is no other.
-
-        Raises:
-            PipelineError: kind `unavailable`, there is none.
-        """
-        known = [
-            worker
-            for worker in self.workers.values()
-            if worker.synced and worker.source.info.model == model
-            and worker.instance not in excluded
-        ]  # fmt: skip
-        heard = [worker for worker in known if not worker.is_silent(now)]
-        if not known:
-            states = ", ".join(
-                f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "
-                + ("excluded" if worker.instance in excluded else self.state(worker, [], now).state)
-                for worker in self.workers.values()
-            )
-            raise PipelineError(
-                "unavailable",
-                f"No engine with the model {model} is ready ({states or 'there is none at all'}).",
-            )
-        well = [worker for worker in heard if self.health.may_serve(worker.instance)]
-        return well or heard or known
+        """See `eligible.decode_engines`."""
+        return decode_engines(self.workers.values(), self.health, model, excluded, now)

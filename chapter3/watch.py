@@ -121,7 +121,7 @@ class Watched:
             load=self.selector.active.load(worker.instance),
             now=now,
         )
-        state = self.selector.state(worker, [], now).state
+        state = worker.state(now)
         return WatchedWorker(
             instance=f"{worker.instance:x}",
             worker_id=view.worker_id,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from chapter3.active import EngineLoad
 from chapter3.snapshot import WorkerView
 from common.protocol import EngineMetrics
-from common.protocol_router import KvSource
+from common.protocol_router import KvSource, State
 from common.protocol_routing import HealthState
 
 # What was routed counts as load until the engine's own figures include it.
@@ -59,6 +59,11 @@ class Worker:
 
     def is_silent(self, now: float) -> bool:
         return now - self.heard > SILENT_AFTER_S
+
+    def state(self, now: float) -> State:
+        if self.failed or not self.synced:
+            return "failed" if self.failed else "starting"
+        return "silent" if self.is_silent(now) else "ready"
 
     def hear(self, metrics: EngineMetrics, now: float) -> None:
         """Take the engine's own figures; they include what was routed a while ago."""

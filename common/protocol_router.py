@@ -9,6 +9,7 @@ scripts   --StateRequest-----> router.state        <--WorkerState----- (a stream
 from typing import Annotated, Literal
 
 from common.protocol import EngineInfo, EngineMetrics, ErrorInfo
+from common.protocol_transfer import Role
 
 import msgspec
 
@@ -66,7 +67,8 @@ class FindWorkerOutput(msgspec.Struct, omit_defaults=True):
 class KvSource(msgspec.Struct, omit_defaults=True):
     """Where an engine publishes: ZMQ addresses, and the topic, which is this process's own.
 
-    `tags` are words that say what kind of engine it is, for policies.
+    `tags` are words that say what kind of engine it is, for policies. One whose `role` is
+    `prefill` computes prompts for those whose role is `decode`.
     """
 
     info: EngineInfo
@@ -74,6 +76,7 @@ class KvSource(msgspec.Struct, omit_defaults=True):
     events: str
     metrics: str
     tags: list[str] = []
+    role: Role = "aggregated"
 
 
 class KvSnapshotPart(msgspec.Struct, omit_defaults=True):

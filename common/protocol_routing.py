@@ -9,6 +9,7 @@ from typing import Literal
 
 from common.protocol import ErrorInfo, ProcessRequest
 from common.protocol_router import FindWorkerRequest, WorkerState
+from common.protocol_transfer import Role
 
 import msgspec
 
@@ -62,6 +63,7 @@ class RoutedWorkerState(WorkerState, omit_defaults=True):
     health: HealthState = "healthy"
     health_reason: str = ""
     tags: tuple[str, ...] = ()
+    role: Role = "aggregated"
 
 
 class ScoredCandidate(msgspec.Struct, omit_defaults=True):
@@ -83,12 +85,25 @@ class ScoredCandidate(msgspec.Struct, omit_defaults=True):
     shadow: float | None = None
 
 
+class PrefillChoice(msgspec.Struct, omit_defaults=True):
+    """The engine that is to compute the prompt for another one, and why.
+
+    What becomes of that is reported by this `request_id`.
+    """
+
+    request_id: str
+    instance_id: int
+    worker_id: int
+    overlap_blocks: int = 0
+    reason: str = ""
+
+
 class RouteOutput(msgspec.Struct, omit_defaults=True):
     """The choice and why, or the `error`; `candidates` holds every engine considered.
 
     `overlap_blocks` and `overlap_tokens` are the part of the prompt that the chosen engine has
-    cached, or will have when what was just routed to it is computed. `queued_ms` is how long
-    the request waited in the router.
+    cached, or will have when what was just routed to it is computed. With `prefill` another one
+    computes the rest first. `queued_ms` is how long the request waited in the router.
     """
 
     instance_id: int = 0
@@ -98,6 +113,7 @@ class RouteOutput(msgspec.Struct, omit_defaults=True):
     queued_ms: float = 0.0
     reason: str = ""
     candidates: list[ScoredCandidate] = []
+    prefill: PrefillChoice | None = None
     error: ErrorInfo | None = None
 
 

@@ -52,6 +52,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="so many engines that run a real model: --engines N --backend llamacpp",
     )
     parser.add_argument(
+        "--prefill",
+        metavar="N",
+        type=_positive,
+        default=Options.prefill,
+        help="so many of the engines compute prompts for the others, which generate the answers "
+        "(chapter 3; default: each engine does both)",
+    )
+    parser.add_argument(
         "--routers",
         metavar="N",
         type=_positive,

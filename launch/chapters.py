@@ -1,5 +1,6 @@
 """Which components a chapter's pipeline has."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,16 @@ from launch.errors import LaunchError
 
 @dataclass(frozen=True)
 class Component:
-    """One script of a chapter; `options` names the launcher's options it is passed."""
+    """One script of a chapter; `options` names the launcher's options it is passed.
+
+    With `roles` some of its processes may compute prompts for the others.
+    """
 
     name: str
     options: tuple[str, ...] = ()
     replicated: bool = False
     several: bool = False  # only if more than one is asked for, they have numbers
+    roles: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Options:
 
     namespace: str = "inference"
     engines: int | None = None
+    prefill: int = 0
     routers: int = 1
     backend: str | None = None
     model: str | None = None
@@ -32,6 +38,7 @@ class Options:
 
 
 ENGINE = Component("engine", options=("backend", "model"), replicated=True)
+LABORATORY_ENGINE = Component("engine", options=("backend", "model"), replicated=True, roles=True)
 PROCESSOR = Component("processor", options=("model",))
 FRONTEND = Component("frontend", options=("port",))
 ROUTER = Component("router", options=("policy",))
@@ -42,7 +49,7 @@ LABORATORY_ROUTER = Component("router", options=("policy", "shadow"), several=Tr
 CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
-    "chapter3": (ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
+    "chapter3": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
 }
 
 ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
@@ -97,4 +104,28 @@ def processes(
         yield component.name, command
         return
     for worker_id in range(options.engines or ENGINES.get(chapter, 1)):
-        yield f"{component.name}{worker_id}", [*command, "--worker-id", str(worker_id)]
+        role = "prefill" if worker_id < options.prefill else "decode"
+        roles = ["--role", role] if options.prefill and component.roles else []
+        yield f"{component.name}{worker_id}", [*command, "--worker-id", str(worker_id), *roles]
+
+
+def check_chapter(arguments: argparse.Namespace) -> None:
+    """There is such a chapter, and it has what the launcher's flags ask for.
+
+    Raises:
+        LaunchError: it has not.
+    """
+    taken = {option for component in components(arguments.chapter) for option in component.options}
+    if arguments.policy is not None and "policy" not in taken:
+        raise LaunchError(f"--policy: {arguments.chapter} has no router")
+    if arguments.shadow is not None and "shadow" not in taken:
+        raise LaunchError(f"--shadow: {arguments.chapter} has no router with a second policy")
+    if arguments.routers > 1 and not any(part.several for part in components(arguments.chapter)):
+        raise LaunchError(f"--routers: {arguments.chapter} has at most one")
+    engines = arguments.engines or ENGINES.get(arguments.chapter, 1)
+    if arguments.prefill and not any(part.roles for part in components(arguments.chapter)):
+        raise LaunchError(f"--prefill: the engines of {arguments.chapter} do all of their work")
+    if arguments.prefill >= engines:
+        raise LaunchError(
+            f"--prefill {arguments.prefill}: of {engines} engines one at least must generate"
+        )

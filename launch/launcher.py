@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.arguments import HTTP_PORT, parse_arguments
 from launch.ask import ask
-from launch.chapters import EXTERNAL_BACKENDS, PAGES, SURVIVE, Options, components
+from launch.chapters import EXTERNAL_BACKENDS, PAGES, SURVIVE, Options, check_chapter
 from launch.child import READY_TIMEOUT, Child, ChildFailedError
 from launch.children import Children
 from launch.errors import LaunchError
@@ -63,7 +63,7 @@ async def launch(arguments: argparse.Namespace) -> int:
     0 when the questions were answered, or a signal ended the serving; 1 when something
     failed; 128 + signal number when a signal came before the work was done.
     """
-    _check_chapter(arguments)
+    check_chapter(arguments)
     named = _named_servers()
     _check_model(arguments)
     options = Options(
@@ -73,6 +73,7 @@ async def launch(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         policy=arguments.policy,
         shadow=arguments.shadow,
+        prefill=arguments.prefill,
         routers=arguments.routers,
         port=http_port(arguments.port, HTTP_PORT),
     )
@@ -126,17 +127,6 @@ def _named_servers() -> dict[str, str]:
         return {name: ",".join(server_addresses(name)) for name in names}
     except ComponentError as error:
         raise LaunchError(str(error)) from error
-
-
-def _check_chapter(arguments: argparse.Namespace) -> None:
-    """There is such a chapter, and it has a router that takes the policies that were chosen."""
-    taken = {option for component in components(arguments.chapter) for option in component.options}
-    if arguments.policy is not None and "policy" not in taken:
-        raise LaunchError(f"--policy: {arguments.chapter} has no router")
-    if arguments.shadow is not None and "shadow" not in taken:
-        raise LaunchError(f"--shadow: {arguments.chapter} has no router with a second policy")
-    if arguments.routers > 1 and not any(part.several for part in components(arguments.chapter)):
-        raise LaunchError(f"--routers: {arguments.chapter} has at most one")
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

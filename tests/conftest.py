@@ -88,6 +88,7 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
         chapter: str = "chapter1",
         backend: str = "simulated",
         engines: int = 1,
+        prefill: int = 0,
         routers: int = 1,
         model: str | None = None,
         start: Sequence[str] | None = None,
@@ -98,6 +99,7 @@ def start_pipeline(children: Children, servers: dict[str, str], namespace: str) 
         options = Options(
             namespace=namespace,
             engines=engines,
+            prefill=prefill,
             routers=routers,
             backend=backend,
             model=model,

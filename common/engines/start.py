@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from common.engines.base import Engine
+from common.kv_transfer.start import KvTransfer
 from common.model_files import DEFAULT_MODEL
 
 import msgspec
@@ -81,8 +82,10 @@ def parse_engine_arguments(
     return parsed
 
 
-async def start_engine(args: argparse.Namespace) -> Engine:
+async def start_engine(args: argparse.Namespace, transfer: KvTransfer | None = None) -> Engine:
     """The engine that the flags describe, ready to generate.
+
+    `transfer` is for llama.cpp; SGLang and vLLM move KV by themselves, as their flags say.
 
     Raises:
         OSError: the model cannot be found or read.
@@ -109,7 +112,7 @@ async def start_engine(args: argparse.Namespace) -> Engine:
     from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 
     try:
-        return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings))
+        return await LlamaCppEngine.start(_convert(settings, LlamaCppSettings), transfer)
     except LlamaCppError as error:
         raise ValueError(str(error)) from error
 

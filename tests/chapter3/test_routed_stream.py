@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from chapter3 import silence
 from chapter3.migration import Progress
+from chapter3.remote_prefill import RemotePrefill
 from chapter3.reports import Reporter
 from chapter3.routed_stream import Hops, routed_stream
 from common.protocol import (
@@ -198,6 +199,7 @@ class Run:
             cast(Client, self.router),
             cast(Client, self.states),
             self.reports,
+            RemotePrefill(cast(Client, self.client), 5.0),
             fallback,
         )
         self.items: list[EngineOutput] = []

@@ -7,6 +7,7 @@ from typing import Any
 from chapter3.decision import PolicyInUse
 from chapter3.selector import Selector
 from chapter3.snapshot import Snapshot
+from chapter3.worker_state import worker_state
 from common.kv import BlockRemoved, block_hashes
 from common.protocol import PipelineError
 from tests.chapter3.fleet import (
@@ -315,16 +316,16 @@ def test_the_state_is_what_the_router_believes() -> None:
     selector = fleet("kv", engines=1)
     known = selector.workers[FIRST]
     selector.index.apply(FIRST, [stored([*A, *B])])
-    state = selector.state(known, selector.index.blocks()[FIRST], 0.0)
+    state = worker_state(selector, known, selector.index.blocks()[FIRST], 0.0)
     assert (state.instance_id, state.worker_id, state.model) == (FIRST, 0, MODEL)
     assert (state.state, state.blocks, state.metrics) == ("ready", 2, load())
     assert state.block_hashes == block_hashes([*A, *B], 4)
-    assert selector.state(known, [], 3.1).state == "silent"
+    assert worker_state(selector, known, [], 3.1).state == "silent"
     selector.fail(FIRST)
-    state = selector.state(known, [], 3.1)
+    state = worker_state(selector, known, [], 3.1)
     assert (state.state, state.blocks, state.metrics) == ("failed", 0, None)
     known.synced, known.failed = False, False
-    assert selector.state(known, [], 3.1).state == "starting"
+    assert worker_state(selector, known, [], 3.1).state == "starting"
 
 
 def test_decisions_of_a_week_leave_nothing_behind() -> None:
