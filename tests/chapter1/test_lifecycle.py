@@ -66,7 +66,7 @@ async def test_a_replica_that_leaves_under_load_loses_no_request(
     start_pipeline: StartPipeline, children: Children, name: str
 ) -> None:
     """A rolling restart: one of two replicas leaves and comes back, again and again."""
-    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    arguments = {"engine": engine_settings(decode_base_ms=20)}
     async with (
         start_pipeline(engines=2, arguments=arguments) as running,
         http_client(running.url) as client,

@@ -275,7 +275,7 @@ async def is_followed(router: Router, former: int) -> bool:
 
 async def test_kill_9_under_load(start_pipeline: StartPipeline) -> None:
     """Of the requests under way only those fail whose first token had been sent."""
-    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    arguments = {"engine": engine_settings(decode_base_ms=20)}
     async with (
         start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
         http_client(running.url) as client,
@@ -307,7 +307,7 @@ async def test_kill_9_of_four_of_five_engines(start_pipeline: StartPipeline) -> 
 
 
 async def test_kill_9_of_two_of_three_engines_under_load(start_pipeline: StartPipeline) -> None:
-    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    arguments = {"engine": engine_settings(decode_base_ms=20)}
     async with (
         start_pipeline(chapter="chapter2", engines=3, arguments=arguments) as running,
         http_client(running.url) as client,
@@ -343,7 +343,7 @@ async def test_an_engine_that_leaves_under_load_loses_no_request(
     start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
     """A rolling restart; the router forgets what the engine had, and follows it when it is back."""
-    arguments = {"engine": engine_settings(decode_base_ms=5)}
+    arguments = {"engine": engine_settings(decode_base_ms=20)}
     async with (
         start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
         http_client(running.url) as client,
@@ -427,8 +427,11 @@ async def test_the_others_restart_alone(
 async def test_two_routers(
     start_pipeline: StartPipeline, router_of: RouterOf, children: Children
 ) -> None:
-    """They take turns, know the same, and one of them is enough."""
-    arguments = {"router": DEBUG, "engine": engine_settings(decode_base_ms=5)}
+    """They take turns, know the same, and one of them is enough.
+
+    What a router was asked just before it is killed has no answer; chapter 3 asks another one.
+    """
+    arguments = {"router": DEBUG, "engine": engine_settings(decode_base_ms=20)}
     async with (
         start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
         http_client(running.url) as client,
@@ -449,10 +452,12 @@ async def test_two_routers(
             await work.answers(20)
             running.start("router")
             await first.wait_ready()
+            assert not work.failures
             second.kill()
             await second.wait()
             await work.answers(30)
-        assert not work.failures
+        assert all("did not answer within" in failure for failure in work.failures), work.failures
+        assert len(work.failures) <= 8
 
 
 async def count(router: Router, routers: int) -> bool:

@@ -30,7 +30,7 @@ async def chromium() -> AsyncIterator[pw.Browser]:
 async def opened(browser: pw.Browser, url: str) -> AsyncIterator[pw.Page]:
     """The page at `url`; an error in its scripts or on its console fails the test."""
     context = await browser.new_context(viewport={"width": 1400, "height": 900})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     page = await context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))

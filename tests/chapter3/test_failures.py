@@ -113,7 +113,7 @@ async def test_engines_leave_die_and_come_back_under_load(
     start_pipeline: StartPipeline, router_of: RouterOf, tmp_path: Path
 ) -> None:
     """No request fails, as an answer that broke off goes on at another engine."""
-    arguments = {"engine": engine_settings(decode_base_ms=5), "router": counting(tmp_path)}
+    arguments = {"engine": engine_settings(decode_base_ms=20), "router": counting(tmp_path)}
     async with (
         start_pipeline(chapter="chapter3", engines=2, arguments=arguments) as running,
         http_client(running.url) as client,
@@ -148,7 +148,7 @@ async def all_ready(router: Router) -> bool:
 async def test_a_processor_that_is_restarted_under_load_leaves_no_account_open(
     start_pipeline: StartPipeline, router_of: RouterOf, tmp_path: Path
 ) -> None:
-    arguments = {"engine": engine_settings(decode_base_ms=5), "router": counting(tmp_path)}
+    arguments = {"engine": engine_settings(decode_base_ms=20), "router": counting(tmp_path)}
     async with (
         start_pipeline(chapter="chapter3", engines=2, arguments=arguments) as running,
         http_client(running.url) as client,

@@ -1,5 +1,6 @@
 """Sick engines of a running pipeline lose their traffic within seconds, and get it back."""
 
+import asyncio
 import os
 import signal
 from collections import Counter
@@ -79,7 +80,7 @@ async def test_a_slow_engine_loses_its_traffic(
         await router.wait_ready(3)
 
         async def is_out() -> bool:
-            await ask_some(client, "slow", 3)
+            await asyncio.gather(*(ask_some(client, f"slow {n}", 3) for n in range(2)))
             return await health_of(router, 2) == "quarantined"
 
         await eventually(is_out, timeout=60)

@@ -28,9 +28,9 @@ ENGINES = 3
 Outcome = tuple[str, str | None, int, int]  # text, finish reason, prompt and completion tokens
 
 
-def arguments(*, drain_s: float = 30, limit: int = 3) -> dict[str, list[str]]:
-    """Engines of about 100 tokens/s that take turns."""
-    engine = engine_settings(decode_base_ms=8, mean_output_tokens=60)
+def arguments(*, drain_s: float = 30, limit: int = 3, step_ms: int = 20) -> dict[str, list[str]]:
+    """Engines that take turns, so slow that their answers last until a busy test kills them."""
+    engine = engine_settings(decode_base_ms=step_ms, mean_output_tokens=20)
     return {
         "engine": [*engine, f"--drain-timeout={drain_s}"],
         "router": ["--policy=round_robin"],
@@ -48,6 +48,9 @@ def requests(name: str, count: int) -> list[dict[str, Any]]:
     return [
         {**chat(prompt(f"{name}{n}", 20), **kinds[n % len(kinds)]), **USAGE} for n in range(count)
     ]
+
+
+REQUESTS = requests("migrated", 6)
 
 
 @asynccontextmanager
@@ -77,6 +80,16 @@ def outcome(answer: SseStream) -> Outcome:
 async def unbroken(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]]) -> list[Outcome]:
     async with streams(client, bodies) as answers:
         return await outcomes(answers)
+
+
+_simulated: list[Outcome] = []
+
+
+async def simulated(client: httpx.AsyncClient, count: int = 6) -> list[Outcome]:
+    """The unbroken answers to `REQUESTS`; simulated engines give the same in every pipeline."""
+    if not _simulated:
+        _simulated.extend(await unbroken(client, REQUESTS))
+    return _simulated[:count]
 
 
 async def migrations(client: httpx.AsyncClient) -> int:
@@ -112,14 +125,13 @@ async def test_engines_are_killed_under_several_streams(
     start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
     """First one of three, then, under the same streams, another one."""
-    bodies = requests("killed", 6)
     async with (
         start_pipeline(chapter="chapter3", engines=ENGINES, arguments=arguments()) as running,
         http_client(running.url) as client,
     ):
         await router_of(running).wait_ready(ENGINES)
-        expected = await unbroken(client, bodies)
-        async with streams(client, bodies) as answers:
+        expected = await simulated(client)
+        async with streams(client, REQUESTS) as answers:
             running.processes["engine1"].kill()
             await eventually(lambda: len(moves(running)) == 2)
             length = len(answers[0].text)
@@ -136,15 +148,14 @@ async def test_an_engine_that_drains_too_long_hands_its_streams_over(
     start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
     """It is told to stop, and its streams are longer than --drain-timeout."""
-    bodies = requests("drained", 4)
     settings = arguments(drain_s=0.3)
     async with (
         start_pipeline(chapter="chapter3", engines=2, arguments=settings) as running,
         http_client(running.url) as client,
     ):
         await router_of(running).wait_ready(2)
-        expected = await unbroken(client, bodies)
-        async with streams(client, bodies) as answers:
+        expected = await simulated(client, 4)
+        async with streams(client, REQUESTS[:4]) as answers:
             running.processes["engine0"].terminate()
             assert await outcomes(answers) == expected
         await eventually(lambda: moves(running) == [(0, 1)] * 2)
@@ -160,7 +171,7 @@ async def test_without_migration_a_stream_breaks_off(
         http_client(running.url) as client,
     ):
         await router_of(running).wait_ready(2)
-        async with streams(client, requests("broken", 2)) as answers:
+        async with streams(client, REQUESTS[:2]) as answers:
             running.processes["engine0"].kill()
             await asyncio.gather(*(answer.read_all() for answer in answers))
         (error,) = [answer.error for answer in answers if answer.error is not None]
@@ -175,8 +186,7 @@ async def test_no_token_is_lost_or_doubled_whatever_dies(
 ) -> None:
     """Engines are killed, or told to stop, at random; clients compare what they get."""
     rng = random.Random(4)
-    bodies = requests("any", 6)
-    settings = arguments(drain_s=0.3, limit=10)
+    settings = arguments(drain_s=0.3, limit=10, step_ms=8)
     answered = 0
     stopping = False
     async with (
@@ -185,18 +195,18 @@ async def test_no_token_is_lost_or_doubled_whatever_dies(
     ):
         router = router_of(running)
         await router.wait_ready(ENGINES)
-        expected = await unbroken(client, bodies)
+        expected = await simulated(client)
 
         async def ask_for_ever(number: int) -> None:
             nonlocal answered
             while not stopping:
-                async with stream(client, bodies[number]) as answer:
+                async with stream(client, REQUESTS[number]) as answer:
                     await answer.read_all()
                 assert outcome(answer) == expected[number]
                 answered += 1
 
         async with asyncio.TaskGroup() as clients:
-            for number in range(len(bodies)):
+            for number in range(len(REQUESTS)):
                 clients.create_task(ask_for_ever(number))
             for _ in range(3):
                 goal = answered + rng.randint(1, 6)
@@ -218,7 +228,7 @@ async def test_an_answer_of_a_real_model_goes_on(
 ) -> None:
     """Alone on its engine, so that batches of other shapes do not change the arithmetic."""
     body = {
-        **chat("Name some colours, one per line.", max_tokens=60),
+        **chat("Name some colours, one per line.", max_tokens=100, ignore_eos=True),
         "seed": 5,
         "temperature": 0.9,
         "top_p": 0.9,

@@ -4,7 +4,13 @@ import asyncio
 import os
 import signal
 
-from tests.chapter1.helpers import eventually, http_client, load
+from tests.chapter1.helpers import (
+    engine_settings,
+    eventually,
+    http_client,
+    load,
+    start_with_lease,
+)
 from tests.chapter3.conftest import RouterOf
 from tests.chapter3.helpers import Router, ask, prompt
 from tests.conftest import StartPipeline
@@ -37,11 +43,19 @@ async def wait_for_both(router: Router, engines: int) -> list[int]:
 async def test_two_routers_are_of_one_mind_and_either_may_go(
     start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
+    others = ["router0", "processor", "frontend", *(f"engine{n}" for n in range(4))]
     async with (
-        start_pipeline(chapter="chapter3", engines=4, routers=2) as running,
+        start_pipeline(
+            chapter="chapter3",
+            engines=4,
+            routers=2,
+            start=others,
+            arguments={"engine": engine_settings(decode_base_ms=20)},
+        ) as running,
         http_client(running.url) as client,
     ):
         router = router_of(running)
+        await start_with_lease(running, "router1", 4).wait_ready()
         first, second = await wait_for_both(router, 4)
 
         # A prompt that one router has just sent somewhere, the other one sends there, too.

@@ -17,7 +17,7 @@ EVIL = "<img src=x onerror=document.title='owned'>"
 
 # One browser for all tests, and one event loop, on which it lives.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-pw.expect.set_options(timeout=20_000)
+pw.expect.set_options(timeout=60_000)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -121,7 +121,7 @@ async def test_a_thousand_decisions_a_second(server: PageServer, page: pw.Page) 
         still = page.get_by_label(str(was_open), exact=True)
         await pw.expect(still).to_have_attribute("aria-expanded", "true")
         await pw.expect(page.locator("tr.detail")).to_have_count(1)
-        await eventually(lambda: router.decided > 3000)
+        await eventually(lambda: router.decided > 3000, timeout=60)
         assert await lines(page).count() <= 41
         # A script that hangs, or a frame that never comes, would hang this, too.
         await page.evaluate("new Promise(requestAnimationFrame)")

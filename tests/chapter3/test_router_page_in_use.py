@@ -1,6 +1,6 @@
 """The router's page of a running pipeline: what a person sees who looks at it meanwhile."""
 
-from tests.chapter1.helpers import engine_settings, http_client
+from tests.chapter1.helpers import engine_settings, http_client, start_with_lease
 from tests.chapter3.browser import chromium, opened
 from tests.chapter3.conftest import RouterOf
 from tests.chapter3.helpers import ask, prompt
@@ -8,10 +8,15 @@ from tests.conftest import StartPipeline
 
 import playwright.async_api as pw
 
+pw.expect.set_options(timeout=60_000)
+
 ARGUMENTS = {
     "engine": engine_settings(decode_base_ms=1),
     "router": ["--policy", "round_robin", "--shadow", "earliest_start"],
 }
+
+OTHERS = ["engine0", "engine2", "router", "processor", "frontend"]
+LEASE_S = 4  # a dead engine's card stays for so long
 
 
 async def test_a_pipeline_from_its_first_request_to_its_end(
@@ -19,12 +24,12 @@ async def test_a_pipeline_from_its_first_request_to_its_end(
 ) -> None:
     """Decisions with their outcomes, an engine that is killed, a frontend that drains."""
     async with (
-        start_pipeline(chapter="chapter3", engines=3, arguments=ARGUMENTS) as running,
+        start_pipeline(chapter="chapter3", engines=3, arguments=ARGUMENTS, start=OTHERS) as running,
         http_client(running.url) as client,
         chromium() as browser,
         opened(browser, f"{running.url}/router") as page,
     ):
-        pw.expect.set_options(timeout=40_000)  # a lease ends after 10 s
+        await start_with_lease(running, "engine1", LEASE_S).wait_ready()
         cards, lines = page.locator(".card"), page.locator("tr.line")
         await pw.expect(cards).to_have_count(3)
         await router_of(running).wait_ready(3)

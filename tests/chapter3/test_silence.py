@@ -58,12 +58,13 @@ async def test_silence_alone_is_no_fault(listed: list[int]) -> None:
         await asyncio.wait_for(anext(items), 0.3)
 
 
-async def test_an_engine_that_is_not_listed_may_finish() -> None:
+async def test_an_engine_that_is_not_listed_may_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     """So does one that drains."""
+    monkeypatch.setattr(silence, "SILENT_S", 0.5)
 
     async def slow() -> AsyncGenerator[int, None]:
         for item in range(20):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.04)
             yield item
 
     watch = Silence(lambda: [1], lives)
@@ -125,8 +126,9 @@ async def test_an_item_that_comes_while_the_router_is_asked_counts() -> None:
     answer = asyncio.Event()
 
     async def hangs(instance: int) -> bool:
+        late = answer.is_set()
         await answer.wait()
-        return True
+        return not late
 
     async def late() -> AsyncGenerator[int, None]:
         await asyncio.sleep(0.2)

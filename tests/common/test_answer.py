@@ -86,12 +86,12 @@ async def test_a_client_that_leaves_counts_as_cancelled() -> None:
     response, context, metrics = answer(outputs(), stream=True)
     client = Client()
     answering = asyncio.ensure_future(response(SCOPE, client.receive, client.send))
-    await asyncio.wait_for(client.got_text.wait(), 5)
+    await asyncio.wait_for(client.got_text.wait(), 20)
     client.leaves.set()
-    await asyncio.wait_for(context.async_killed_or_stopped(), 5)
+    await asyncio.wait_for(context.async_killed_or_stopped(), 20)
     assert metrics.in_flight == 1
     context_stopped.set()
-    await asyncio.wait_for(answering, 5)
+    await asyncio.wait_for(answering, 20)
     assert counted(metrics) == [
         'requests_total{endpoint="chat",status="499"} 1.0',
         'errors_total{kind="cancelled"} 1.0',

@@ -145,10 +145,10 @@ async def test_a_request_stopped_while_it_waits_ends_at_once_and_is_not_compiled
         await asyncio.sleep(0.001)
     context.stop()
     left.cancel()
-    items = await asyncio.wait_for(waiting, 5)
+    items = await asyncio.wait_for(waiting, 20)
     assert [item.finish_reason for item in items] == ["cancelled"]
     assert items[0].worker_id == 0
-    await asyncio.wait([left], timeout=5)
+    await asyncio.wait([left], timeout=20)
     assert left.cancelled()
     assert engine.metrics().waiting == 2
     held.release.set()
@@ -161,7 +161,7 @@ async def test_closing_cancels_the_compilations_that_have_not_begun(
 ) -> None:
     tasks = await start(engine, 4)
     closing = asyncio.create_task(engine.close())
-    done, _ = await asyncio.wait(tasks[2:], timeout=5)
+    done, _ = await asyncio.wait(tasks[2:], timeout=20)
     reasons = [task.result()[-1].finish_reason for task in done]
     assert reasons == ["cancelled"] * 2
     held.release.set()
