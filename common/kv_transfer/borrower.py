@@ -2,11 +2,11 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.kv_transfer.connections import Connection, Connections
 from common.kv_transfer.errors import KvTransferError
 from common.kv_transfer.messages import (
-    Answer,
     Place,
     Pull,
     Pulled,
@@ -18,12 +18,15 @@ from common.kv_transfer.messages import (
     encode,
     from_descriptor,
 )
+from common.kv_transfer.nixl_reader import NixlReader
 from common.kv_transfer.pieces import KvPieces
 from common.protocol_transfer import KvDescriptor
 
 import msgspec
 import numpy as np
 import zmq.asyncio
+
+T = TypeVar("T", Pulled, Released)
 
 
 @dataclass
@@ -38,9 +41,16 @@ class BorrowerCounters:
 class Borrower:
     """Made by `kv_transfer`, which closes it; belongs to one event loop."""
 
-    def __init__(self, kind: str, context: zmq.asyncio.Context, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        kind: str,
+        context: zmq.asyncio.Context,
+        reader: NixlReader | None = None,
+        *,
+        timeout_s: float,
+    ) -> None:
         self.counters = BorrowerCounters()
-        self._kind = kind
+        self._kind, self._reader = kind, reader
         self._timeout_s = timeout_s
         self._connections = Connections(context)
 
@@ -83,8 +93,10 @@ class Borrower:
             raise KvTransferError(f"no answer from {place.address}") from None
 
     def close(self) -> None:
-        """Close the connections; end what is going on first."""
+        """Close the connections; what is going on fails."""
         self._connections.close()
+        if self._reader is not None:
+            self._reader.close()
 
     def _find(self, descriptor: KvDescriptor, first_block: int) -> Place:
         if descriptor.kind != self._kind:
@@ -100,21 +112,27 @@ class Borrower:
         return place
 
     async def _fetch(self, place: Place, tokens: int, first_block: int) -> KvPieces:
-        expected = place.size - (first_block - place.first) * place.piece_bytes
-        pull = Pull(place.process, place.transfer, first_block)
-        async with self._connections.connection(place.address) as connection:
-            data = await _ask(connection, pull, Pulled)
-            if [frame.nbytes for frame in data] != [expected]:
-                sizes = " and ".join(str(frame.nbytes) for frame in data) or "no"
-                raise KvTransferError(f"{sizes} bytes came from {place.address}, not {expected}")
-            await _ask(connection, Release(place.process, place.transfer), Released)
-        return KvPieces(np.frombuffer(data[0], np.uint8), first_block, tokens, place.piece_bytes)
+        size = place.size - (first_block - place.first) * place.piece_bytes
+        known = self._reader is not None and self._reader.knows(place.process)
+        pull = Pull(place.process, place.transfer, first_block, known)
+        release = Release(place.process, place.transfer)
+        async with self._connections.connection(place.address, encode(release)) as connection:
+            pulled, data = await _ask(connection, pull, Pulled)
+            sizes = [pulled.size, *(frame.nbytes for frame in data)]
+            if sizes != [size] * (2 if self._reader is None else 1):
+                raise KvTransferError(f"{place.address} sent {sizes} bytes, not {size}")
+            if self._reader is None:
+                buffer = np.frombuffer(data[0], np.uint8)
+            else:
+                buffer = await self._reader.read(place.process, pulled.agent, pulled.address, size)
+            await _ask(connection, release, Released)
+        return KvPieces(buffer, first_block, tokens, place.piece_bytes)
 
 
 async def _ask(
-    connection: Connection, request: Request, expected: type[Answer]
-) -> list[memoryview]:
-    """The frames that come with the answer."""
+    connection: Connection, request: Request, expected: type[T]
+) -> tuple[T, list[memoryview]]:
+    """The answer, and the frames that come with it."""
     first, *data = await connection.ask(encode(request))
     try:
         answer = decode_answer(first)
@@ -124,4 +142,4 @@ async def _ask(
         raise KvTransferError(f"{connection.address}: {answer.reason}")
     if not isinstance(answer, expected):
         raise KvTransferError(f"{connection.address} answered with {type(answer).__name__}")
-    return data
+    return answer, data

@@ -7,7 +7,7 @@ not send the rest and no answer can be taken for another's; the others are kept 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from common.kv_transfer.errors import KvTransferError
 
@@ -16,6 +16,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 IDLE_S = 60.0
+FAREWELL_MS = 200
 
 _LOST = (
     zmq.EVENT_DISCONNECTED
@@ -64,11 +65,17 @@ class Connection:
             receiving.cancel()
         raise KvTransferError(f"no connection to {self.address}")
 
-    def close(self) -> None:
+    def close(self, farewell: bytes = b"") -> None:
+        if self._socket.closed:
+            return
+        says_farewell = farewell and not self.lost.done()
         self.lost.cancel()
         self._socket.disable_monitor()
         self._events.close()
-        self._socket.close()
+        if says_farewell:
+            with suppress(zmq.ZMQError):  # it is a courtesy
+                zmq.Socket.send(self._socket, farewell, zmq.NOBLOCK)
+        self._socket.close(FAREWELL_MS if says_farewell else 0)
 
     async def _lose(self) -> None:
         await recv_monitor_message(self._events)
@@ -83,8 +90,8 @@ class Connections:
         self._used: set[Connection] = set()
 
     @asynccontextmanager
-    async def connection(self, address: str) -> AsyncIterator[Connection]:
-        """One to `address` for the length of the block; closed if that raises."""
+    async def connection(self, address: str, farewell: bytes = b"") -> AsyncIterator[Connection]:
+        """One to `address` for the length of the block; after `farewell` closed if that raises."""
         connection = self._take(address)
         self._used.add(connection)
         done = False
@@ -97,7 +104,7 @@ class Connections:
                 connection.idle_since = time.monotonic()
                 self._idle.append(connection)
             else:
-                connection.close()
+                connection.close(farewell)
 
     def _take(self, address: str) -> Connection:
         found = None

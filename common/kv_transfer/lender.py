@@ -1,10 +1,11 @@
 """The prefill side of a transfer: lends the KV of prompts to the engines that will decode."""
 
 import asyncio
+import dataclasses
 import secrets
 import weakref
-from dataclasses import dataclass
 
+from common.kv_transfer.lent_memory import LentMemory, Stored
 from common.kv_transfer.messages import (
     Answer,
     Place,
@@ -12,7 +13,6 @@ from common.kv_transfer.messages import (
     Pulled,
     Refused,
     Released,
-    Request,
     decode_request,
     encode,
     to_descriptor,
@@ -28,7 +28,7 @@ import zmq.asyncio
 MAX_REQUEST_BYTES = 4096
 
 
-@dataclass
+@dataclasses.dataclass
 class LenderCounters:
     """Since the start; bytes are those handed to ZMQ or read by NIXL."""
 
@@ -41,10 +41,13 @@ class LenderCounters:
 
 
 class _Loan:
-    """Pieces that someone may fetch; `uses` counts the lender's lease and what is being sent."""
+    """Pieces that someone may fetch; `uses` are the lease, and what is being sent or copied."""
 
-    def __init__(self, pieces: KvPieces, expiry: asyncio.TimerHandle) -> None:
+    def __init__(
+        self, pieces: KvPieces, stored: Stored | None, expiry: asyncio.TimerHandle
+    ) -> None:
         self.pieces = pieces
+        self.stored = stored  # over NIXL
         self.expiry = expiry
         self.uses = 1
 
@@ -53,16 +56,22 @@ class Lender:
     """Made by `kv_transfer`, which closes it; belongs to one event loop.
 
     Memory counts as lent, against `max_bytes`, until it has been released or has expired after
-    `lease_s`, and ZMQ has nothing of it left to send.
+    `lease_s`, and ZMQ has nothing of it left to send. With `memory`, peers read from there.
     """
 
     def __init__(
-        self, kind: str, socket: zmq.asyncio.Socket, *, max_bytes: int, lease_s: float
+        self,
+        kind: str,
+        socket: zmq.asyncio.Socket,
+        memory: LentMemory | None = None,
+        *,
+        max_bytes: int,
+        lease_s: float,
     ) -> None:
         self.counters = LenderCounters()
         self.lent_bytes = 0
         self._kind = kind
-        self._socket = socket
+        self._socket, self._memory = socket, memory
         self._max_bytes, self._lease_s = max_bytes, lease_s
         self._loop = asyncio.get_running_loop()
         self._process = secrets.token_bytes(16)
@@ -75,12 +84,21 @@ class Lender:
 
         Nobody may write to the buffer any more.
         """
-        if self.lent_bytes + pieces.size > self._max_bytes:
+        stored = None
+        has_room = self.lent_bytes + pieces.size <= self._max_bytes
+        if has_room and self._memory is not None:
+            stored = self._memory.store(pieces.buffer)
+            has_room = stored is not None
+        if not has_room:
             self.counters.refused += 1
             return None
         transfer = secrets.token_bytes(16)
         expiry = self._loop.call_later(self._lease_s, self._expire, transfer)
-        self._loans[transfer] = _Loan(pieces, expiry)
+        loan = self._loans[transfer] = _Loan(pieces, stored, expiry)
+        if stored is not None:
+            loan.pieces = dataclasses.replace(pieces, buffer=stored.place)
+            loan.uses += 1
+            stored.copied.add_done_callback(lambda _: self._drop(loan))
         self.lent_bytes += pieces.size
         self.counters.lent += 1
         place = Place(
@@ -99,38 +117,44 @@ class Lender:
         for transfer in list(self._loans):
             self._end(transfer)
         self._socket.close(linger=0)
+        if self._memory is not None:
+            self._memory.close()
 
     async def _serve(self) -> None:
         while True:
             peer, *frames = await self._socket.recv_multipart()
-            answer = self._answer(frames)
-            await self._socket.send_multipart([peer, *answer], copy=False)
+            answer, *data = await self._answer(frames)
+            await self._socket.send_multipart([peer, encode(answer), *data], copy=False)
 
-    def _answer(self, frames: list[bytes]) -> list[bytes | zmq.Frame]:
+    async def _answer(self, frames: list[bytes]) -> tuple[Answer] | tuple[Answer, zmq.Frame]:
         try:
             (frame,) = frames
             request = decode_request(frame)
         except (ValueError, msgspec.DecodeError) as error:
-            return [encode(Refused(f"not a request: {error}"))]
-        answer, *data = self._answer_request(request)
-        return [encode(answer), *data]
-
-    def _answer_request(self, request: Request) -> tuple[Answer] | tuple[Answer, zmq.Frame]:
+            return (Refused(f"not a request: {error}"),)
         loan = self._loans.get(request.transfer)
         if request.process != self._process:
             return (Refused("the prefill engine has been restarted"),)
         if loan is None:
             return (Refused("the prefill engine does not have it any more"),)
-        if not isinstance(request, Pull):
-            self._end(request.transfer)
-            self.counters.released += 1
-            return (Released(),)
+        if isinstance(request, Pull):
+            return await self._pull(request, loan)
+        self._end(request.transfer)
+        self.counters.released += 1
+        return (Released(),)
+
+    async def _pull(self, request: Pull, loan: _Loan) -> tuple[Answer] | tuple[Answer, zmq.Frame]:
         try:
             data = loan.pieces.pieces_from(request.first)
         except IndexError as error:
             return (Refused(str(error)),)
         self.counters.pulls += 1
         self.counters.pulled_bytes += data.nbytes
+        if self._memory is not None and loan.stored is not None:
+            await asyncio.shield(loan.stored.copied)
+            address = loan.pieces.buffer.ctypes.data + loan.pieces.size - data.nbytes
+            agent = None if request.known else self._memory.metadata
+            return (Pulled(data.nbytes, address, agent),)
         loan.uses += 1
         # The view lives as long as ZMQ has it to send, and dies in a thread of ZMQ's.
         weakref.finalize(data, self._sent, loan).atexit = False
@@ -155,3 +179,5 @@ class Lender:
         loan.uses -= 1
         if not loan.uses:
             self.lent_bytes -= loan.pieces.size
+            if self._memory is not None and loan.stored is not None:
+                self._memory.free(loan.stored)

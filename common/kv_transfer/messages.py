@@ -1,7 +1,7 @@
 """What borrowers and lenders say to each other: one msgpack frame, over DEALER and ROUTER.
 
     borrower --Pull-->     lender    the pieces from a block on, please
-    borrower <--Pulled--   lender    over ZMQ, they are the next frame
+    borrower <--Pulled--   lender    ZMQ: they are the next frame; NIXL: they are at `address`
     borrower --Release-->  lender    they are read
     borrower <--Released-- lender    and were the right ones until now: they may be used
 
@@ -31,9 +31,12 @@ class Place(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Pull(msgspec.Struct, tag=True):
+    """`known`: no need to introduce the NIXL agent, that has been done."""
+
     process: bytes
     transfer: bytes
     first: int
+    known: bool = False
 
 
 class Release(msgspec.Struct, tag=True):
@@ -43,6 +46,8 @@ class Release(msgspec.Struct, tag=True):
 
 class Pulled(msgspec.Struct, tag=True):
     size: int
+    address: int = 0
+    agent: bytes | None = None  # its metadata
 
 
 class Released(msgspec.Struct, tag=True):

@@ -1,7 +1,9 @@
 """Start a way of transfer by its name."""
 
 import argparse
+import asyncio
 import os
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,6 +12,9 @@ from typing import Literal
 from common.errors import ComponentError
 from common.kv_transfer.borrower import Borrower
 from common.kv_transfer.lender import MAX_REQUEST_BYTES, Lender
+from common.kv_transfer.lent_memory import LentMemory
+from common.kv_transfer.nixl_agent import make_agent
+from common.kv_transfer.nixl_reader import NixlReader
 
 import zmq
 import zmq.asyncio
@@ -56,16 +61,18 @@ async def kv_transfer(
     Raises:
         ComponentError: the way is not to be had here, or the address is not this machine's.
     """
-    if way == "nixl":
-        raise ComponentError("--kv-transfer nixl is not to be had here; use zmq")
     context = zmq.asyncio.Context()
     try:
         socket = context.socket(zmq.ROUTER)
         socket.linger = 0
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         _bind(socket, host)
-        lender = Lender(way, socket, max_bytes=max_bytes, lease_s=lease_s)
-        borrower = Borrower(way, context, timeout_s=timeout_s)
+        memory, reader = None, None
+        if way == "nixl":
+            agent = await asyncio.to_thread(make_agent, secrets.token_hex(16))
+            memory, reader = LentMemory(agent, max_bytes), NixlReader(agent)
+        lender = Lender(way, socket, memory, max_bytes=max_bytes, lease_s=lease_s)
+        borrower = Borrower(way, context, reader, timeout_s=timeout_s)
         try:
             yield KvTransfer(lender, borrower)
         finally:
