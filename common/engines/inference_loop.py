@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.engines.kv_export import export_pieces
+from common.engines.kv_export import KvExport
 from common.engines.llama_context import LlamaContext
 from common.engines.sampling import Sampler
 from common.engines.scheduled_request import ScheduledRequest
@@ -55,6 +55,7 @@ class InferenceLoop(threading.Thread):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._samplers: dict[ScheduledRequest, Sampler] = {}
+        self._exports: dict[ScheduledRequest, KvExport] = {}
         self._outbox: list[Delivery] = []
 
     def submit(self, request: ScheduledRequest, matcher: LLMatcher | None) -> None:
@@ -117,6 +118,7 @@ class InferenceLoop(threading.Thread):
             if computed:
                 self._context.decode()
                 self._scheduler.computed(computed)
+                self._export(computed)
             for item, end in zip(computed, ends, strict=True):
                 if item.sample:
                     self._sample(item.request, end)
@@ -173,10 +175,19 @@ class InferenceLoop(threading.Thread):
             self._scheduler.finish(request)
             self._end(request, item)
 
+    def _export(self, computed: list[Work]) -> None:
+        """Copy the KV out that another engine is to go on with."""
+        for item in computed:
+            if item.request.prefill_only:
+                if item.request not in self._exports:
+                    size = self._scheduler.cache.block_size
+                    tokens = len(item.request.tokens)
+                    self._exports[item.request] = KvExport(self._context, tokens, size)
+                self._exports[item.request].copy_computed(item.sequence)
+
     def _hand_over(self, request: ScheduledRequest, item: EngineOutput) -> None:
-        """End a request with which another engine is to go on, and copy its KV out."""
-        sequence = self._scheduler.running[request]
-        kv = export_pieces(self._context, sequence, self._scheduler.cache.block_size)
+        """End a request with which another engine is to go on."""
+        kv = self._exports[request].finish(self._scheduler.running[request])
         self._scheduler.finish(request)
         self._end(request, item, kv)
 
@@ -187,4 +198,5 @@ class InferenceLoop(threading.Thread):
         kv: KvPieces | None = None,
     ) -> None:
         self._samplers.pop(request).close()
+        self._exports.pop(request, None)
         self._outbox.append(Delivery(request, result, kv))
