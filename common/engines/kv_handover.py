@@ -26,10 +26,15 @@ class KvHandover:
 
     def __init__(self, transfer: KvTransfer | None) -> None:
         self.failed = 0
-        self.fetching = 0
+        self._fetching: set[asyncio.Task[KvPieces | None]] = set()
         self._transfer = transfer
         self._room = asyncio.Semaphore(MAX_RECEIVED)
         self._holding: set[ScheduledRequest] = set()
+
+    @property
+    def fetching(self) -> int:
+        """How many requests wait for their KV."""
+        return len(self._fetching)
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what this engine cannot do.
@@ -41,9 +46,11 @@ class KvHandover:
             message = "this engine gives no KV away; start it with --role prefill"
             raise PipelineError("invalid_request", message, "prefill_only")
 
-    def lend(self, pieces: KvPieces, model: str) -> KvDescriptor:
+    def lend(self, request: ScheduledRequest, pieces: KvPieces, model: str) -> KvDescriptor:
         """Keep the KV for another engine to fetch."""
         assert self._transfer is not None  # noqa: S101 (`check` has refused the request)
+        if request.is_stopped():
+            return KvDescriptor(NOT_LENT, 0)  # nobody will come for it
         descriptor = self._transfer.lender.lend(pieces)
         if descriptor is None:
             _log.warning("no room to keep %d bytes of KV for another engine", pieces.size)
@@ -58,26 +65,30 @@ class KvHandover:
 
         `done` must follow.
         """
-        self.fetching += 1
-        fetching = asyncio.ensure_future(self._fetch(request, kv, cache, model))
+        fetching = asyncio.create_task(self._fetch(request, kv, cache, model))
+        self._fetching.add(fetching)
+        fetching.add_done_callback(self._fetching.discard)
         try:
-            await first_of(asyncio.shield(fetching), request.context.async_killed_or_stopped())
-            if not fetching.done():
-                return  # nobody wants it any more
-            request.received = fetching.result()
+            await first_of(asyncio.wait([fetching]), request.context.async_killed_or_stopped())
+            if fetching.done() and not fetching.cancelled():  # else nobody wants it any more
+                request.received = fetching.result()
         except KvTransferError as error:
             self.failed += 1
             _log.warning("computing a prompt of %d tokens after all: %s", kv.tokens, error)
         finally:
             fetching.cancel()
             await asyncio.gather(fetching, return_exceptions=True)
-            self.fetching -= 1
 
     def done(self, request: ScheduledRequest) -> None:
         """The request has taken over what it had received, or never will."""
         if request in self._holding:
             self._holding.remove(request)
             self._room.release()
+
+    def close(self) -> None:
+        """End what is being fetched."""
+        for fetching in self._fetching:
+            fetching.cancel()
 
     async def _fetch(
         self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache, model: str

@@ -147,6 +147,8 @@ class LlamaContext:
 
         False: it is not of this model, or there are no cells for it.
         """
+        if not _has_positions(data, start, end):
+            return False  # llama.cpp would take any, and could not free some of them again
         address = np.frombuffer(data, np.uint8).ctypes.data
         read = self.lib.llama_state_seq_set_data(self.handle, address, data.nbytes, self._spare)
         found = self.positions(self._spare)
@@ -162,3 +164,16 @@ class LlamaContext:
             self.lib.llama_free(self.handle)
             self.handle = None
             self.vocab.close()
+
+
+def _has_positions(data: memoryview, start: int, end: int) -> bool:
+    """Whether a sequence's state is of these positions.
+
+    It begins with 32-bit numbers: magic, sequence, streams, cells; and for each cell position,
+    sequences and sequence (llama_kv_cache::state_write_meta in llama.cpp's llama-kv-cache.cpp).
+    """
+    size = 4 * (4 + 3 * (end - start))
+    if data.nbytes < size:
+        return False
+    head = np.frombuffer(data[:size], "<i4")
+    return bool(head[3] == end - start and np.array_equal(head[4::3], np.arange(start, end)))

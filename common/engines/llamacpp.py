@@ -142,6 +142,7 @@ class LlamaCppEngine:
         """Stop the engine and free its memory; running requests end as cancelled."""
         self._closing = True
         self._grammars.stop()
+        self._handover.close()
         self._inference.stop()
         await self._ended.wait()
         await asyncio.to_thread(self._inference.join)
@@ -156,6 +157,7 @@ class LlamaCppEngine:
     async def _items_after(
         self, request: ScheduledRequest, kv: KvDescriptor
     ) -> AsyncGenerator[EngineOutput, None]:
+        self._check_room()
         try:
             await self._handover.receive(request, kv, self._cache, self.info.model)
             async with aclosing(request.items(lambda: self._submit(request))) as items:
@@ -173,26 +175,25 @@ class LlamaCppEngine:
             if matcher is None or matcher.is_stopped():
                 # Stopped: the engine that was here before had finished the document.
                 reason: FinishReason = "cancelled" if matcher is None else "stop"
-                request.stream.put(self._last_item(request, reason))
+                request.stream.put(request.item(self.info.worker_id, [], finish_reason=reason))
                 return
         self._check_open()
         self._open.add(request)
         self._inference.submit(request, matcher)
 
+    def _check_room(self) -> None:
+        """What is not scheduled yet waits, too."""
+        limit = self._settings.max_running + self._settings.max_waiting
+        requests = len(self._open) + self._grammars.compiling + self._handover.fetching
+        if requests >= limit:
+            message = f"the engine is full: it has {requests} of at most {limit} requests"
+            raise PipelineError("overloaded", message)
+
     async def _compile(self, request: ScheduledRequest, json_schema: str) -> LLMatcher | None:
         """The matcher for the request's schema; None when it is stopped before that is made."""
-        limit = self._settings.max_running + self._settings.max_waiting
-        if len(self._open) + self._grammars.compiling >= limit:
-            raise PipelineError(
-                "overloaded",
-                f"the engine is full: it has {len(self._open)} requests and compiles the JSON "
-                f"schemas of {self._grammars.compiling} more, the most it takes is {limit}",
-            )
+        self._check_room()
         stopped = request.context.async_killed_or_stopped()
         return await self._grammars.compile_unless(stopped, json_schema, request.output)
-
-    def _last_item(self, request: ScheduledRequest, reason: FinishReason) -> EngineOutput:
-        return request.item(self._settings.worker_id, [], finish_reason=reason)
 
     def _load(self) -> tuple[LlamaContext, Scheduler]:
         """Runs on the engine's thread, like all that touches llama.cpp's context."""
@@ -212,7 +213,7 @@ class LlamaCppEngine:
                 self._open.discard(request)
             else:
                 if delivery.kv is not None:
-                    result.kv = self._handover.lend(delivery.kv, self.info.model)
+                    result.kv = self._handover.lend(request, delivery.kv, self.info.model)
                 request.stream.put(result)
                 if result.finish_reason is not None or result.kv is not None:
                     self._open.discard(request)
@@ -229,7 +230,7 @@ class LlamaCppEngine:
             if error is not None:
                 request.stream.fail(_failure(error))
             else:
-                request.stream.put(self._last_item(request, "cancelled"))
+                request.stream.put(request.item(self.info.worker_id, [], finish_reason="cancelled"))
         self._open.clear()
         for cleared in self._clearing:
             if not cleared.done():

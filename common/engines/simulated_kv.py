@@ -23,7 +23,7 @@ class SimulatedKv:
 def hand_over(request: ScheduledRequest, worker_id: int, token_ids: list[int]) -> EngineOutput:
     """The item with which another engine is to go on."""
     item = request.item(worker_id, token_ids, handed_over=True)
-    item.kv = KvDescriptor(KIND, request.prompt_length)
+    item.kv = KvDescriptor(KIND, len(request.tokens) - 1)  # the last one has not been computed
     return item
 
 
