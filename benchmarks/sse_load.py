@@ -15,7 +15,7 @@ from typing import Any
 class Answer:
     """Seconds from the request to the first token and to the end; tokens and events in all.
 
-    `worker_id` is there if the request asks for it.
+    `worker_id` is there if the request asks for it, `request_id` is the server's.
     """
 
     ttft_s: float
@@ -25,6 +25,7 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     worker_id: int | None = None
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ async def run_load(port: int, bodies: list[dict[str, Any]], streams: int) -> Loa
     return Load(answers, time.perf_counter() - started)
 
 
-async def ask(port: int, body: dict[str, Any]) -> Answer:
+async def ask(port: int, body: dict[str, Any], arrivals: list[float] | None = None) -> Answer:
     """Send one request, of a completion if it has a `prompt`, and read its answer to the end.
+
+    `arrivals` gets the `time.perf_counter()` of every event with text.
 
     Raises:
         RuntimeError: it was an error, or had no token counts.
@@ -89,10 +92,15 @@ async def ask(port: int, body: dict[str, Any]) -> Answer:
         first, events = 0.0, 0
         usage: dict[str, Any] = {}
         worker_id: int | None = None
+        request_id = ""
         async for line in reader:
             if not line.startswith(b"data: "):
+                if line.lower().startswith(b"x-request-id:"):
+                    request_id = line.partition(b":")[2].strip().decode()
                 continue
             events += 1
+            if arrivals is not None and text in line and text + b'"' not in line:
+                arrivals.append(time.perf_counter())
             # The role may come in an event of its own, before there is any token.
             if not first and text in line and text + b'"' not in line:
                 first = time.perf_counter() - started
@@ -110,6 +118,7 @@ async def ask(port: int, body: dict[str, Any]) -> Answer:
             usage["prompt_tokens"],
             usage["prompt_tokens_details"]["cached_tokens"],
             worker_id,
+            request_id,
         )
     finally:
         writer.close()
