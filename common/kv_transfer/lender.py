@@ -122,9 +122,13 @@ class Lender:
 
     async def _serve(self) -> None:
         while True:
-            peer, *frames = await self._socket.recv_multipart()
-            answer, *data = await self._answer(frames)
-            await self._socket.send_multipart([peer, encode(answer), *data], copy=False)
+            await self._serve_one()
+
+    async def _serve_one(self) -> None:
+        """A function of its own, so that no variable keeps what has been sent."""
+        peer, *frames = await self._socket.recv_multipart()
+        answer, *data = await self._answer(frames)
+        await self._socket.send_multipart([peer, encode(answer), *data], copy=False)
 
     async def _answer(self, frames: list[bytes]) -> tuple[Answer] | tuple[Answer, zmq.Frame]:
         try:

@@ -66,6 +66,8 @@ async def kv_transfer(
         socket = context.socket(zmq.ROUTER)
         socket.linger = 0
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        # A peer that takes nothing of what is sent to it must not keep it here for ever.
+        socket.setsockopt(zmq.TCP_MAXRT, max(int(lease_s * 1000), 1))
         _bind(socket, host)
         memory, reader = None, None
         if way == "nixl":

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import importlib.util
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,8 @@ HOST = "127.0.0.1"
 PIECE = 1000
 PATIENCE_S = 30.0
 
+LOANS, LOAN_BYTES = 20, 3_000_000  # of a process that is killed while they are fetched
+
 # NIXL's own agent where it is installed; everywhere one that reads this process's memory.
 WAYS = ["zmq", "nixl stand-in", *(["nixl"] if importlib.util.find_spec("nixl") else [])]
 
@@ -31,6 +34,11 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(0.002)
+
+
+def held_by_this_process() -> tuple[int, int]:
+    """File descriptors and threads."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 class StandInAgent:
