@@ -97,10 +97,12 @@ def run_text(folder: Path, text: str) -> None:
         "```console\n$ mkdir x\n$ cd x\n```\n```console\n$ basename $PWD\nx\n```",
         "```console\n$ echo one \\\n> two\none two\n```",
         "```console\n$ printf 'no newline'\nno newline\n```",
-        "```console terminal=2 background\n$ echo up; sleep 60\nup\n```\n"
+        # One program, as a shell that is between two of them would not stop.
+        "```console terminal=2 background\n$ sh -c 'echo up; exec sleep 60'\nup\n```\n"
         "```console\n$ echo hi\nhi\n```\n"
         "```console terminal=2\n^C\n$ echo again\nagain\n```",
-        "```console terminal=2 background\n$ mkfifo f; echo up; cat f; sleep 60\nup\n```\n"
+        "```console terminal=2 background\n"
+        "$ sh -c 'mkfifo f; echo up; cat f; exec sleep 60'\nup\n```\n"
         "```console\n$ printf 'one\\ntwo\\nthree 3\\n' > f\n```\n"
         "```console terminal=2 continues\none\n```\n"
         "```console terminal=2 continues numbers=vary\n…\nthree 4\n```",

@@ -91,7 +91,7 @@ async def test_only_the_etcd_endpoints_that_answer_are_used(
     urls = [f"http://{LOOPBACK}:{free_port()}", f"http://{listener}"]
     monkeypatch.setenv("NATS_SERVER", f"nats://{listener}")
     monkeypatch.setenv("ETCD_ENDPOINTS", ",".join(urls if dead_first else reversed(urls)))
-    await asyncio.wait_for(wait_for_servers(), 10)
+    await asyncio.wait_for(wait_for_servers(), 30)
     assert os.environ["ETCD_ENDPOINTS"] == f"http://{listener}"
 
 

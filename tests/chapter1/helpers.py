@@ -189,7 +189,7 @@ async def registered(running: Pipeline) -> list[str]:
     prefix = f"v1/instances/{running.namespace}/"
     after = prefix[:-1] + chr(ord("/") + 1)
     encoded = [base64.b64encode(key.encode()).decode() for key in (prefix, after)]
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
         answer = await client.post(
             f"{running.environment['ETCD_ENDPOINTS']}/v3/kv/range",
             json={"key": encoded[0], "range_end": encoded[1], "keys_only": True},

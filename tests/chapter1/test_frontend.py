@@ -34,7 +34,7 @@ async def test_an_upload_that_stalls_does_not_hold_up_the_end(
 
 
 def in_flight(url: str) -> bool:
-    metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+    metrics = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
     return "dynamo_frontend_inflight_requests 1.0" in metrics
 
 

@@ -59,7 +59,7 @@ class Saturated:
 
 
 async def metric(url: str, name: str) -> float:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
         text = (await client.get(url)).text
     values = [line.split()[-1] for line in text.splitlines() if line.startswith(f"{name} ")]
     return float(values[0]) if values else 0.0
