@@ -167,7 +167,7 @@ class LlamaContext:
 
 
 def _has_positions(data: memoryview, start: int, end: int) -> bool:
-    """Whether a sequence's state is of these positions.
+    """Whether a sequence's state is of these positions, which are in the order of the cells.
 
     It begins with 32-bit numbers: magic, sequence, streams, cells; and for each cell position,
     sequences and sequence (llama_kv_cache::state_write_meta in llama.cpp's llama-kv-cache.cpp).
@@ -176,4 +176,5 @@ def _has_positions(data: memoryview, start: int, end: int) -> bool:
     if data.nbytes < size:
         return False
     head = np.frombuffer(data[:size], "<i4")
-    return bool(head[3] == end - start and np.array_equal(head[4::3], np.arange(start, end)))
+    positions = np.sort(head[4::3])
+    return bool(head[3] == end - start and np.array_equal(positions, np.arange(start, end)))
