@@ -42,6 +42,7 @@ import uvloop
 from numpy.typing import NDArray
 
 HOST = "127.0.0.1"
+TIMEOUT_S = 120.0
 MIB = 2**20
 SIZES_MIB = (1, 4, 16, 64, 256)
 PIECE_BYTES = 16 * 23_053  # a block of 16 tokens of SmolLM2-135M, by its 23,053 bytes a token
@@ -65,7 +66,9 @@ async def _lend(pipe: Connection) -> None:
     async with AsyncExitStack() as stack:
         transfers: dict[Way, KvTransfer] = {}
         for way in available_ways():
-            transfers[way] = await stack.enter_async_context(kv_transfer(way, HOST))
+            transfers[way] = await stack.enter_async_context(
+                kv_transfer(way, HOST, timeout_s=TIMEOUT_S)
+            )
         pipe.send("ready")
         while (order := await asyncio.to_thread(pipe.recv)) is not None:
             way, size = order
@@ -153,7 +156,9 @@ async def contenders() -> AsyncIterator[Contenders]:
             await asyncio.to_thread(pipe.recv)
             transfers: dict[Way, KvTransfer] = {}
             for way in available_ways():
-                transfers[way] = await stack.enter_async_context(kv_transfer(way, HOST))
+                transfers[way] = await stack.enter_async_context(
+                    kv_transfer(way, HOST, timeout_s=TIMEOUT_S)
+                )
             yield Contenders(pipe, transfers)
             pipe.send(None)
             await asyncio.to_thread(process.join)
