@@ -21,6 +21,7 @@ ITL is what the client sees: the time between two events with text, over all ans
 with several tokens ends one gap, and its other tokens have none.
 """
 
+import argparse
 import asyncio
 import random
 import sys
@@ -198,10 +199,20 @@ def details(chosen: list[dict[str, Any]]) -> str:
     return markdown_table(["", *(row["name"] for row in chosen)], lines)
 
 
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return factor
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ITLs and TTFTs")
-    parser.add_argument("--load", type=float, default=1.0, metavar="FACTOR",
+    parser.add_argument("--load", type=_factor, default=1.0, metavar="FACTOR",
                         help="so many times as many requests (%(default)s)")  # fmt: skip
     args = parser.parse_args()
     seeds = [1] if args.quick else [1, 2, 3]

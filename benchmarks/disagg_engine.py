@@ -43,16 +43,24 @@ class Recorder:
         # One system call a line, for both threads write.
         self._file.write(json.dumps({"kind": kind, **record}).encode() + b"\n")
 
+    @property
+    def wrappers(self) -> list[tuple[type, str, Callable[[Function], Function]]]:
+        """What is wrapped: classes, names of their methods, and by what."""
+        return [
+            (LlamaCppEngine, "generate", self._arrival),
+            (KvHandover, "receive", self._received),
+            (Borrower, "fetch", self._fetch),
+            (Scheduler, "drop_stopped", self._step_begins),
+            (Scheduler, "plan", self._plan),
+            (Scheduler, "add_output", self._token),
+            (Scheduler, "metrics", self._step_ends),
+            (LlamaContext, "import_kv", self._seconds("import_kv_s")),
+            (LlamaContext, "export_kv", self._seconds("export_kv_s")),
+        ]
+
     def install(self) -> None:
-        _wrap(LlamaCppEngine, "generate", self._arrival)
-        _wrap(KvHandover, "receive", self._received)
-        _wrap(Borrower, "fetch", self._fetch)
-        _wrap(Scheduler, "drop_stopped", self._step_begins)
-        _wrap(Scheduler, "plan", self._plan)
-        _wrap(Scheduler, "add_output", self._token)
-        _wrap(Scheduler, "metrics", self._step_ends)
-        for name in ("decode", "import_kv", "export_kv"):
-            _wrap(LlamaContext, name, self._seconds(f"{name}_s"))
+        for owner, name, wrapper in self.wrappers:
+            setattr(owner, name, wrapper(getattr(owner, name)))
 
     def _arrival(self, generate: Function) -> Function:
         def wrapped(engine: Any, request: GenerateRequest, context: RequestContext) -> Any:
@@ -137,10 +145,6 @@ class Recorder:
             return wrapped
 
         return timed
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[[Function], Function]) -> None:
-    setattr(owner, name, wrapper(getattr(owner, name)))
 
 
 def _id(context: RequestContext) -> str:

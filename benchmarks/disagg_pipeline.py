@@ -24,6 +24,7 @@ from launch.servers import etcd_server, nats_server, server_environment
 from dynamo.runtime import Client, DistributedRuntime
 
 ENGINES = 2
+CORES = 2
 NAMESPACE = "disagg"
 POLICY = "earliest_start"
 READY_S = 20.0
@@ -122,7 +123,15 @@ class Bench:
 
 @asynccontextmanager
 async def bench() -> AsyncIterator[Bench]:
-    """The pipeline without its engines and its router; `Bench.use` starts those."""
+    """The pipeline without its engines and its router, which `Bench.use` starts; on two cores.
+
+    Raises:
+        GuardError: this machine has fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    if len(cores) < CORES:
+        raise GuardError(f"{CORES} cores are needed, there is {len(cores)}")
+    os.sched_setaffinity(0, cores)  # the children's, too
     async with AsyncExitStack() as stack:
         children = stack.enter_context(Children())
         nats = await stack.enter_async_context(nats_server(children))

@@ -1,6 +1,7 @@
 """One run of one mode: the requests at their times, and what comes of it."""
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter
@@ -85,7 +86,7 @@ async def run(bench: Bench, mode: Mode, requests: Sequence[Arrival], text: TextM
         for request, arrived in engine.arrived.items()
         if arrived["prefill_only"]
     }
-    faults += _faults(mode, asked, remote)
+    faults += [*answer_faults(asked), *prompt_faults(mode, asked, remote)]
     handovers = [
         parts
         for item in asked
@@ -182,27 +183,30 @@ def _engine_figures(
     return found
 
 
-def _faults(mode: Mode, asked: Sequence[Asked], remote: set[str]) -> list[str]:
-    """What the run should have done and did not."""
+def answer_faults(asked: Sequence[Asked]) -> list[str]:
+    """Answers that have not the length they were to have; no prompt is cached anywhere."""
     faults = []
     for item in asked:
         arrival, answer = item.arrival, item.answer
         expected = (arrival.prompt_tokens, arrival.output_tokens, 0)
         got = (answer.prompt_tokens, answer.tokens, answer.cached_tokens)
-        # What was computed elsewhere is not cached here, nor is anything else.
         if got != expected:
             faults.append(f"prompt, output and cached tokens are {got}, not {expected}")
+    return faults
+
+
+def prompt_faults(mode: Mode, asked: Sequence[Asked], remote: set[str]) -> list[str]:
+    """Prompts that were not computed where they should have been; `remote` are request ids."""
+    faults = []
     limit = mode.remote_tokens
     for kind in ("long", "chat"):
         some = [item for item in asked if item.arrival.kind == kind]
-        expected_remote = [
-            item for item in some if limit is not None and item.arrival.prompt_tokens >= limit
-        ]
-        got_remote = [item for item in some if item.answer.request_id in remote]
-        if got_remote != expected_remote:
+        expected = [i for i in some if limit is not None and i.arrival.prompt_tokens >= limit]
+        got = [item for item in some if item.answer.request_id in remote]
+        if got != expected:
             faults.append(
-                f"{len(got_remote)} of {len(some)} prompts of kind {kind} were computed by the "
-                f"other engine, not {len(expected_remote)}"
+                f"{len(got)} of {len(some)} prompts of kind {kind} were computed by the other "
+                f"engine, not {len(expected)}"
             )
     return faults
 
@@ -233,13 +237,14 @@ def _causes(
 
 
 def _cpu_seconds(bench: Bench) -> dict[str, float]:
-    """Of processor time, by process; `machine` is that of all there are."""
+    """Of processor time, by process; `machine` is that of all on our cores."""
     found = {}
     for name, child in bench.chapter.processes.items():
         times = psutil.Process(child.pid).cpu_times()
         found[name] = times.user + times.system
     own = psutil.Process().cpu_times()
     found["client"] = own.user + own.system
-    machine = psutil.cpu_times()
-    found["machine"] = sum(machine) - machine.idle - machine.iowait - machine.guest
+    known = psutil.cpu_times(percpu=True)
+    cores = [known[core] for core in os.sched_getaffinity(0)]
+    found["machine"] = sum(sum(core) - core.idle - core.iowait - core.guest for core in cores)
     return found
