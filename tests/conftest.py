@@ -13,7 +13,11 @@ from launch.servers import etcd_server, nats_server, server_environment
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
+# How long an example takes says more about the other programs of the machine.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 child.LOG_LINES = 100_000  # tests look for lines, which must not scroll off while they do
 
 StartPipeline = Callable[..., AbstractAsyncContextManager[Pipeline]]

@@ -143,16 +143,15 @@ async def test_a_router_that_knows_no_engine(start_pipeline: StartPipeline) -> N
         assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
         running.processes["engine0"].kill()
         await running.processes["engine0"].wait()
-        for _ in range(2):
-            response = await client.post(CHAT, json=chat(max_tokens=1))
-            assert response.status_code == 503
-            assert "No engine with the model" in response.json()["error"]["message"]
-            with pytest.raises(httpx.ReadTimeout):  # the router waits for two seconds
-                await client.post(CHAT, json=chat(max_tokens=1), timeout=0.5)
+        response = await client.post(CHAT, json=chat(max_tokens=1))
+        assert response.status_code == 503
+        assert "No engine with the model" in response.json()["error"]["message"]
+        with pytest.raises(httpx.ReadTimeout):  # the router waits for two seconds
+            await client.post(CHAT, json=chat(max_tokens=1), timeout=0.5)
         response = await client.post(CHAT, json=chat(max_tokens=1))
         assert response.status_code == 503
         processor = running.processes["processor"]
-        assert len(lines_about(processor, "failed: ")) == 3
+        assert len(lines_about(processor, "failed: ")) == 2
         assert not lines_about(processor, "gave no answer")
         assert not lines_about(processor, "round robin instead")
 

@@ -34,6 +34,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+pw.expect.set_options(timeout=60_000)
 MODEL = "SmolLM2-135M-Instruct"
 EVIL = "<b>bold</b><img src=x onerror=document.title='owned'> & <script>alert(1)</script>"
 
@@ -144,7 +145,7 @@ def server() -> Iterator[FakeServer]:
 def page(browser: pw.Browser, server: FakeServer) -> Iterator[pw.Page]:
     """The page, opened; a script error or a console error on it fails the test."""
     context = browser.new_context(viewport={"width": 1000, "height": 760})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
