@@ -53,3 +53,4 @@ class LentMemory:
     def close(self) -> None:
         self._copier.shutdown()
         self._agent.deregister_memory(self._registration)
+        self._agent = None  # it ends with its last user

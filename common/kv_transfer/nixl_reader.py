@@ -54,6 +54,7 @@ class NixlReader:
         """End what is being read."""
         self._closing.set()
         self._threads.shutdown()
+        self._agent = None  # it ends with its last user
 
     def _read(
         self,
