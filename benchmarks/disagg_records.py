@@ -12,6 +12,7 @@ from benchmarks.report import median
 
 # Of a gap that long tokens of the engine's are behind each other, the rest is the pipeline's.
 RELAYED_SHARE = 0.6
+COMPARABLE = 5  # steps of a kind
 CAUSES = ("handover", "prefill", "import", "decode", "relay")
 
 
@@ -36,6 +37,38 @@ class EngineRecords:
             for request in step["sampled"]:
                 found[request].append(step)
         return found
+
+
+def engine_gaps_ms(engine: EngineRecords) -> list[float]:
+    """Between a request's tokens as the engine makes them: the ITL before anything relays it."""
+    return [
+        (after["end"] - before["end"]) * 1e3
+        for steps in engine.token_times().values()
+        for before, after in pairwise(steps)
+    ]
+
+
+def slowdown(engine: EngineRecords, other: EngineRecords) -> float:
+    """How much longer a step takes while the other engine is at work; 0 if there are too few.
+
+    Of steps that only decode, like with like: as many requests in both. The cores are two, but
+    they share caches and memory, and the rest of the pipeline needs time on them as well.
+    """
+    alone, beside = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)
+    for step in engine.steps:
+        if step["prefill"] or step["imports"]:
+            continue
+        seconds = step["end"] - step["begin"]
+        share = other.busy_s(step["begin"], step["end"]) / seconds
+        if not 0.1 < share < 0.9:
+            (beside if share > 0.5 else alone)[step["decodes"]].append(seconds)
+    total, weight = 0.0, 0
+    for batch in alone.keys() & beside.keys():
+        count = min(len(alone[batch]), len(beside[batch]))
+        if count >= COMPARABLE:
+            total += count * median(beside[batch]) / median(alone[batch])
+            weight += count
+    return total / weight if weight else 0.0
 
 
 def read_records(path: Path, begin: float, end: float) -> EngineRecords:

@@ -14,8 +14,10 @@ from benchmarks.disagg_records import (
     EngineRecords,
     Gap,
     cause,
+    engine_gaps_ms,
     gaps_of,
     handover,
+    slowdown,
 )
 from benchmarks.disagg_workload import Arrival, Kind, completion, prompt_of
 from benchmarks.report import median, percentile
@@ -173,6 +175,11 @@ def _engine_figures(
     }
     steps = [step for engine in records for step in engine.steps]
     found["busy_s"] = sum(step["end"] - step["begin"] for step in steps)
+    found["engine_itl_p99_ms"] = percentile(
+        [gap for engine in records for gap in engine_gaps_ms(engine)], 0.99
+    )
+    for worker, engine in enumerate(records):
+        found[f"slowdown_engine{worker}"] = slowdown(engine, records[1 - worker])
     for name in ("export_kv_s", "import_kv_s"):
         found[name] = sum(step.get(name, 0.0) for step in steps)
     fetches = [fetch for engine in records for fetch in engine.fetches]

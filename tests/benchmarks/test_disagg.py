@@ -16,6 +16,7 @@ from benchmarks.disagg_records import (
     gaps_of,
     handover,
     read_records,
+    slowdown,
 )
 from benchmarks.disagg_workload import CHAT, LONG, Arrival, Kind, arrivals
 from benchmarks.sse_load import Answer
@@ -93,6 +94,18 @@ def test_a_long_gap_is_put_down_to_what_the_engine_did(
     own = sum("r" in one["sampled"] for one in engine.steps)
     assert cause(gap, own, [elsewhere, engine], remote) == expected
     assert expected in CAUSES
+
+
+def test_steps_are_compared_with_steps_of_as_many_requests() -> None:
+    """And those that computed prompts, or ran half beside the other engine, do not count."""
+    steps = [step(t, t + 0.1, "a") for t in range(5)]
+    steps += [step(t, t + 0.15, "a") for t in range(10, 15)]
+    steps += [step(t, t + 0.9, "a", "b") for t in range(20, 30)]
+    steps += [step(t, t + 0.9, "a", prefill=64) for t in range(30, 35)]
+    steps += [step(t, t + 0.9, "a") for t in range(40, 45)]
+    other = EngineRecords([step(10.0, 15.0), *(step(t + 0.45, t + 1) for t in range(40, 45))])
+    assert slowdown(EngineRecords(steps), other) == pytest.approx(1.5)
+    assert slowdown(EngineRecords(steps[:7]), other) == 0.0
 
 
 def test_a_handover_is_taken_apart_without_remainder() -> None:
