@@ -126,8 +126,8 @@ class VllmEngine:
     ) -> AsyncGenerator[EngineOutput, None]:
         """See `Engine.generate`; `json_schema` excludes `min_tokens` and `ignore_eos`.
 
-        A request with `generated` tokens cannot have a `json_schema`. What `prefill_only` hands
-        over has no first token: vLLM makes that where the answer goes on.
+        With `generated` tokens, a `seed`, a `presence_penalty` or a `json_schema` is refused. What
+        `prefill_only` hands over has no first token: vLLM makes that where the answer goes on.
         """
         self._check_open()
         scheduled = schedule(

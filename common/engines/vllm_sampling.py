@@ -37,10 +37,9 @@ def prefill_params() -> Any:
 def decode_params(request: ScheduledRequest, kv_transfer: dict[str, Any] | None) -> Any:
     """The `SamplingParams` of a request that was checked.
 
-    Of an output that another engine began, vLLM knows nothing: to it, that is prompt. Hence the
-    tokens before count for `frequency_penalty` through a bias, for `presence_penalty` likewise
-    (a token that comes again after them is penalised a second time), and the seed is changed,
-    lest the random numbers begin again. A JSON document cannot be gone on with.
+    Of an output that another engine began, vLLM knows nothing: to it, that is prompt. So the
+    tokens in it count for `frequency_penalty` through a bias, and a request is refused whose
+    random numbers (`seed`), `presence_penalty` or `json_schema` would have to go on.
 
     Raises:
         PipelineError: kind `invalid_request`, naming the field that vLLM refuses.
@@ -49,6 +48,8 @@ def decode_params(request: ScheduledRequest, kv_transfer: dict[str, Any] | None)
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     sampling, generated = request.sampling, request.generated
+    if generated:
+        _check_can_go_on(sampling)
     structured = None
     if sampling.json_schema is not None:
         check_schema_size(sampling.json_schema)
@@ -56,9 +57,6 @@ def decode_params(request: ScheduledRequest, kv_transfer: dict[str, Any] | None)
             if getattr(sampling, name):
                 message = f"{name} cannot be combined with a JSON schema"
                 raise PipelineError("invalid_request", message, name)
-        if generated:
-            message = "vLLM cannot go on with a JSON document that another engine began"
-            raise PipelineError("invalid_request", message, "json_schema")
         structured = StructuredOutputsParams(json=sampling.json_schema)
     try:
         return vllm.SamplingParams(
@@ -69,7 +67,7 @@ def decode_params(request: ScheduledRequest, kv_transfer: dict[str, Any] | None)
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             # Not negative: -1 means no seed to vLLM.
-            seed=None if sampling.seed is None else (sampling.seed + generated) % 2**63,
+            seed=None if sampling.seed is None else sampling.seed % 2**63,
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logit_bias=_logit_bias(request) or None,
@@ -108,12 +106,23 @@ def token_logprobs(
     return result
 
 
+def _check_can_go_on(sampling: SamplingParams) -> None:
+    needed = {
+        "seed": sampling.seed is not None and sampling.temperature > 0,
+        "presence_penalty": sampling.presence_penalty != 0,
+        "json_schema": sampling.json_schema is not None,
+    }
+    if names := [name for name, is_needed in needed.items() if is_needed]:
+        message = f"vLLM cannot go on with what another engine began if {names[0]} is set"
+        raise PipelineError("invalid_request", message, "generated")
+
+
 def _logit_bias(request: ScheduledRequest) -> dict[int, float]:
     sampling = request.sampling
     bias: defaultdict[int, float] = defaultdict(float)
     for token, value in sampling.logit_bias:
         bias[token] += value
-    if sampling.frequency_penalty or sampling.presence_penalty:
+    if sampling.frequency_penalty:
         for token, count in Counter(request.output).items():
-            bias[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+            bias[token] -= count * sampling.frequency_penalty
     return dict(bias)
