@@ -42,6 +42,11 @@ def is_prefill_id(request_id: str) -> bool:
     return request_id.endswith("/prefill")
 
 
+def decode_id(prefill_id: str) -> str:
+    """The request for which it is computed; of another request's id, that id."""
+    return prefill_id.removesuffix("/prefill")
+
+
 def add_role_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag that says what an engine is for."""
     parser.add_argument(

@@ -15,10 +15,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+from chapter3.hops import Hops
 from chapter3.migration import DEFAULT_MIGRATION_LIMIT, Progress
 from chapter3.remote_prefill import DEFAULT_PREFILL_TIMEOUT_S, RemotePrefill
 from chapter3.reports import reporting
-from chapter3.routed_stream import Hops, routed_stream
+from chapter3.routed_stream import routed_stream
 from chapter3.router_client import ask_router
 from common.arguments import non_negative_int, positive_seconds
 from common.dispatch import dispatch

@@ -56,6 +56,7 @@ class ReplicaState:
                     waits=True,  # how long it took says nothing to whom was not there
                     age_s=now - request.since,
                     router=self._routed_by.get(request_id, self.topic),
+                    elsewhere=request.elsewhere,
                 )
             )
             if not request.in_prefill:

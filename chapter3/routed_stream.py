@@ -7,14 +7,13 @@ request, and after that with one that goes on where the answer broke off.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from chapter3.disaggregation import prefill_id
+from chapter3.hops import Hops
 from chapter3.migration import Progress, broken_off, failure_in, is_gone, verdict
-from chapter3.remote_prefill import RemotePrefill
-from chapter3.reports import Attempt, Reporter
+from chapter3.reports import Attempt
 from chapter3.router_client import NoRouterError, find_worker, is_silent
 from chapter3.silence import Silence, SilentEngineError
 from common.dispatch import DIED, dispatch
@@ -29,21 +28,8 @@ from common.protocol_routing import (
 from common.protocol_transfer import KvDescriptor
 from common.telemetry import request_log
 
-from dynamo.runtime import Client, Context
+from dynamo.runtime import Context
 from msgspec.structs import replace
-
-
-@dataclass(frozen=True)
-class Hops:
-    """What lies behind the processor; with `fallback`, engines take turns if no router is up."""
-
-    model: str
-    engine: Client
-    router: Client
-    router_state: Client
-    reporter: Reporter
-    prefill: RemotePrefill
-    fallback: bool
 
 
 async def routed_stream(
@@ -110,6 +96,7 @@ class _Route:
         context: Context,
     ) -> None:
         self.attempt: Attempt | None = None
+        self._decoding: Attempt | None = None  # that begins when another engine is done
         hangs = partial(is_silent, hops.router_state)
         self.silence = Silence(hops.engine.instance_ids, hangs)
         self._prefill_silence = Silence(hops.engine.instance_ids, hangs)
@@ -141,28 +128,31 @@ class _Route:
 
     async def _by_way_of(self, prefill: PrefillChoice) -> AsyncGenerator[Any, None]:
         """The stream of the engine that generates, once another one has computed the prompt."""
-        decoding = self.attempt
-        self.attempt = Attempt(self._hops.reporter, prefill.request_id, prefill.instance_id)
-        kind: ReportKind = "failed"
+        attempt = Attempt(self._hops.reporter, prefill.request_id, prefill.instance_id)
+        self._decoding, self.attempt = self.attempt, None
+        kind: ReportKind = "finished"  # as far as the engine is to blame
         kv: KvDescriptor | None = None
+        computed: EngineOutput | None = None
         try:
             computed = await self._hops.prefill.compute(
                 self._progress.request(), prefill.instance_id, self._prefill_silence, self._context
             )
-            kind, kv, computed.kv = "finished", computed.kv, None
-            yield to_wire(computed)
-            if computed.finish_reason is not None:
-                return
+            attempt.tokens(len(computed.token_ids))
         except Exception as error:
             if self._context.is_stopped():
                 raise
             kind = verdict(error)
             self._log.warning("worker %d did not compute the prompt: %s", prefill.worker_id, error)
         finally:
-            self.end(kind)
-            self.attempt = decoding
-        if decoding is not None:
-            decoding.sent()
+            attempt.end(kind)
+        if computed is not None:
+            kv, computed.kv = computed.kv, None
+            yield to_wire(computed)
+            if computed.finish_reason is not None:
+                return
+        self.attempt, self._decoding = self._decoding, None
+        if self.attempt is not None:
+            self.attempt.sent()
         async for item in await self._send_on(kv):
             yield item
 
@@ -209,9 +199,10 @@ class _Route:
 
     def end(self, kind: ReportKind) -> None:
         """Report what became of the attempt, if there is one."""
-        if self.attempt is not None:
-            self.attempt.end(kind)
-        self.attempt = None
+        for attempt in (self.attempt, self._decoding):
+            if attempt is not None:
+                attempt.end(kind)
+        self.attempt = self._decoding = None
 
     async def _find(self, failed: list[int]) -> RouteOutput:
         """The router's choice among the engines that our client lists."""
@@ -241,6 +232,8 @@ class _Route:
             if found.instance_id in self._hops.engine.instance_ids():
                 return found
             self.end("failed")  # it has left, or joined, this very moment
+            if found.prefill is not None:
+                self._hops.reporter.never_sent(found.prefill.request_id)
             failed = []
 
     def _broken_off(self, error: PipelineError) -> PipelineError:

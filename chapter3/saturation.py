@@ -9,7 +9,7 @@ without for what is cached there.
 
 from dataclasses import dataclass
 
-from chapter3.active import EngineLoad
+from chapter3.engine_load import EngineLoad
 from chapter3.workers import Worker
 
 

@@ -8,10 +8,12 @@ from functools import partial
 
 from chapter3.active import ActiveRequests
 from chapter3.decision import Decision, PolicyInUse, decide
-from chapter3.disaggregation import PrefillRule, is_prefill_id, prefill_id
+from chapter3.disaggregation import PrefillRule, decode_id, is_prefill_id, prefill_id
 from chapter3.eligible import decode_engines, prefill_engines
 from chapter3.health import FleetHealth
-from chapter3.index import KvIndex, prefix_names
+from chapter3.index import KvIndex
+from chapter3.prompt_blocks import known_blocks
+from chapter3.routed import routed_as
 from chapter3.snapshot import RequestView, Snapshot, WorkerView, request_view
 from chapter3.workers import Worker
 from common.protocol_replicas import Routed
@@ -103,7 +105,7 @@ class Selector:
         now: float,
     ) -> tuple[Decision, list[int]]:
         """The policy's choice among some engines, and the names of the prompt's blocks there."""
-        hashes, names, cached = self._known_blocks(workers, block_hashes)
+        hashes, names, cached = known_blocks(self.index, workers, block_hashes)
         views = self._worker_views(workers, names, cached, request.prompt_tokens, now)
         snapshot = Snapshot(request, views, now, self.rng.getrandbits(SEED_BITS))
         decision = decide(snapshot, self.policy, self.shadow)
@@ -116,7 +118,7 @@ class Selector:
         """What a policy would see of the engines that may have the request; raises as `select`."""
         workers = self.eligible(wanted.model, excluded, now)
         hashes = partial(compute_block_hash_for_seq, wanted.token_ids)
-        _, names, cached = self._known_blocks(workers, hashes)
+        _, names, cached = known_blocks(self.index, workers, hashes)
         return self._worker_views(workers, names, cached, len(wanted.token_ids), now)
 
     def report(self, known: RequestReport, now: float) -> None:
@@ -128,6 +130,9 @@ class Selector:
             self.active.first_token(request_id, now)
             self.health.first_token(instance, request_id, seconds, now)
             return
+        if is_prefill_id(request_id):
+            computed = known.kind == "finished" and tokens > 0
+            self._begin(decode_id(request_id), now, computed=computed)
         if (request := self.active.requests.get(request_id)) is None:
             self._ended_first.append(request_id)
         elif request.instance != instance:  # two routers chose, one of them too late
@@ -141,6 +146,19 @@ class Selector:
             self.health.failed(instance, request_id, now)
         # Without a token, a refusal may be the request's fault; see `FindWorkerRequest.failed`.
         self.health.ended(instance, request_id)
+
+    def _begin(self, request_id: str, now: float, *, computed: bool) -> None:
+        """The engine gets it only now that another one is done with its prompt."""
+        request = self.active.begin(request_id, now, computed=computed)
+        if request is not None:
+            self.health.sent(
+                request.instance,
+                request_id,
+                now,
+                tokens=self.active.load(request.instance).prefill_tokens,
+                own_tokens=request.prefill_tokens,
+                waits=request.waits,
+            )
 
     def finished(self, output_tokens: int) -> None:
         """An answer had so many tokens: the next ones may, too; a refusal has none."""
@@ -162,16 +180,6 @@ class Selector:
         self.index.remove(instance)
         self.active.remove_instance(instance)
         self.changed()
-
-    def _known_blocks(
-        self, workers: Sequence[Worker], block_hashes: Callable[[int], list[int]]
-    ) -> tuple[dict[int, list[int]], dict[int, list[int]], dict[int, int]]:
-        """A prompt's hashes and names by block size, and how many are cached by instance id."""
-        sizes = {worker.source.info.block_size for worker in workers}
-        hashes = {size: block_hashes(size) for size in sizes}
-        names = {size: prefix_names(known) for size, known in hashes.items()}
-        overlaps = [self.index.overlaps(known) for known in hashes.values()]
-        return hashes, names, {key: blocks for each in overlaps for key, blocks in each.items()}
 
     def _worker_views(
         self,
@@ -196,19 +204,8 @@ class Selector:
 
     def _route(self, request_id: str, decision: Decision, names: list[int]) -> None:
         """Count the prompt as sent to the engine that was chosen."""
-        view, request = decision.worker, decision.snapshot.request
-        # What another engine computes is as good as cached.
-        own_tokens = 0 if decision.prefill is not None else round(view.new_tokens)
-        routed = Routed(
-            request_id,
-            view.instance_id,
-            names,
-            view.overlap_blocks,
-            own_tokens=own_tokens,
-            tokens=view.prefill_tokens + own_tokens,
-            own_blocks=1 + round(request.output_tokens / view.block_size),
-            waits=self.workers[view.instance_id].is_full(view),
-        )
+        waits = self.workers[decision.worker.instance_id].is_full(decision.worker)
+        routed = routed_as(request_id, decision, names, waits=waits)
         self.count(routed, decision.snapshot.now)
         self.tell(routed)
 
@@ -221,14 +218,15 @@ class Selector:
             worker.turn = self._turn
             worker.expect(routed.names, routed.overlap, now)
         if routed.request_id:
-            self.health.sent(
-                routed.instance,
-                routed.request_id,
-                now,
-                tokens=routed.tokens,
-                own_tokens=routed.own_tokens,
-                waits=routed.waits,
-            )
+            if not routed.elsewhere:
+                self.health.sent(
+                    routed.instance,
+                    routed.request_id,
+                    now,
+                    tokens=routed.tokens,
+                    own_tokens=routed.own_tokens,
+                    waits=routed.waits,
+                )
             self.active.add(
                 routed.request_id,
                 routed.instance,
@@ -237,6 +235,7 @@ class Selector:
                 own_blocks=routed.own_blocks,
                 now=now,
                 waits=routed.waits,
+                elsewhere=routed.elsewhere,
             )
 
     def eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from chapter3.active import EngineLoad
+from chapter3.engine_load import EngineLoad
 from chapter3.snapshot import WorkerView
 from common.protocol import EngineMetrics
 from common.protocol_router import KvSource, State

@@ -18,7 +18,8 @@ class Routed(msgspec.Struct, array_like=True, tag=True):
     same Python), of which the engine has the first `overlap`. Of its prompt, `own_tokens` are
     to be computed, and with those sent there before it `tokens`. It takes `own_blocks` that no
     other request can share. It `waits` if others do. `router` is the topic of the one that
-    chose, if that is not the one that says so.
+    chose, if that is not the one that says so. Before it comes, another engine is to compute
+    `elsewhere` tokens.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Routed(msgspec.Struct, array_like=True, tag=True):
     waits: bool = False
     age_s: float = 0.0
     router: str = ""
+    elsewhere: int = 0
 
 
 class Reported(msgspec.Struct, array_like=True, tag=True):

@@ -3,7 +3,8 @@
 import random
 from collections import Counter
 
-from chapter3.active import EXPIRE_S, ActiveRequests, EngineLoad
+from chapter3.active import EXPIRE_S, ActiveRequests
+from chapter3.engine_load import EngineLoad
 
 import pytest
 from hypothesis import given

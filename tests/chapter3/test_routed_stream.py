@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from chapter3 import silence
+from chapter3.hops import Hops
 from chapter3.migration import Progress
 from chapter3.remote_prefill import RemotePrefill
 from chapter3.reports import Reporter
-from chapter3.routed_stream import Hops, routed_stream
+from chapter3.routed_stream import routed_stream
 from common.protocol import (
     EngineOutput,
     EngineTimings,

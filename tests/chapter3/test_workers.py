@@ -1,6 +1,7 @@
 """What the router believes of one engine between its figures."""
 
-from chapter3.active import ActiveRequests, EngineLoad
+from chapter3.active import ActiveRequests
+from chapter3.engine_load import EngineLoad
 from chapter3.snapshot import WorkerView
 from chapter3.workers import Worker
 from tests.chapter3.fleet import load, source
