@@ -78,6 +78,7 @@ class Lender:
         self._address = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._loans: dict[bytes, _Loan] = {}
         self._serving = asyncio.create_task(self._serve())
+        self._serving.add_done_callback(_report)
 
     def lend(self, pieces: KvPieces) -> KvDescriptor | None:
         """Let whoever has the descriptor fetch these pieces; None if there is no room for them.
@@ -185,3 +186,10 @@ class Lender:
             self.lent_bytes -= loan.pieces.size
             if self._memory is not None and loan.stored is not None:
                 self._memory.free(loan.stored)
+
+
+def _report(serving: asyncio.Task[None]) -> None:
+    """Without it borrowers would time out, and nobody would know why."""
+    error = None if serving.cancelled() else serving.exception()
+    if error is not None:
+        log.error("no KV is lent any more: %r", error)
