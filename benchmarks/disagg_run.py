@@ -73,7 +73,11 @@ async def run(bench: Bench, mode: Mode, requests: Sequence[Arrival], text: TextM
     failed = sum(s.metrics.failed_transfers for s in after if s.metrics is not None)
     failed -= sum(s.metrics.failed_transfers for s in before if s.metrics is not None)
     faults = [f"{failed} transfers failed"] if failed else []
-    faults += [f"engine {s.worker_id} is {s.health}" for s in after if s.health != "healthy"]
+    faults += [
+        f"engine {s.worker_id} is {s.health}: {s.health_reason}"
+        for s in after
+        if s.health != "healthy"
+    ]
     last_arrival = begin + requests[-1].at_s
     figures = _figures(asked, begin, end, last_arrival)
     figures |= _engine_figures(records, begin, last_arrival)
