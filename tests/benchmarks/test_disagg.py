@@ -206,7 +206,7 @@ def test_a_remote_prefill_pays_from_where_it_always_does() -> None:
 async def test_a_real_engine_s_steps_and_transfers_are_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing else in the product has the names that are wrapped: a change there fails here."""
+    """The recorder wraps methods by name: it must notice when one of them has another."""
     path = tmp_path / "records"
     prompt, sampling = a_prompt(1, 40), {"temperature": 0.0, "ignore_eos": True, "max_tokens": 4}
     with FileIO(path, "a") as file:
