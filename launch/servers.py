@@ -58,6 +58,8 @@ async def etcd_server(children: Children, port: int | None = None) -> AsyncItera
             *(_program("etcd"), "--data-dir", folder, "--log-level", "error"),
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", f"http://{LOOPBACK}:0"),
+            # Its data are gone when it ends: no lease should be lost for a slow disk.
+            "--unsafe-no-fsync",
             # One member has nobody to wait for: it may elect itself at once.
             *("--heartbeat-interval", "50", "--election-timeout", "500"),
         ]

@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 POLL_S = 0.02
 
 
-async def eventually(condition: Callable[[], object], timeout: float = 15.0) -> float:
+async def eventually(condition: Callable[[], object], timeout: float = 30.0) -> float:
     """Wait until `condition()`, awaited if it is a coroutine, is true; the seconds it took."""
     began = time.monotonic()
     while True:

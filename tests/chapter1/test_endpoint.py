@@ -25,7 +25,7 @@ async def call(running: Pipeline, request: Any, *options: str) -> list[dict[str,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), timeout=30)
+        output, errors = await asyncio.wait_for(process.communicate(), timeout=60)
     finally:
         if process.returncode is None:
             process.kill()

@@ -40,7 +40,7 @@ async def failed_at_once(answers: list[Any], began: float) -> None:
     assert time.monotonic() - began < AT_ONCE_S
 
 
-async def statuses_until_served(client: httpx.AsyncClient, timeout: float = 15) -> list[int]:
+async def statuses_until_served(client: httpx.AsyncClient, timeout: float = 30) -> list[int]:
     """Ask until an answer comes; the statuses on the way."""
     statuses: list[int] = []
 

@@ -163,9 +163,10 @@ def prompt(text: str, words: int = 100) -> str:
 
 
 def start_caller(environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start it for all tests to come, which a stall of the machine must not cost its lease."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.chapter2.runtime_caller"],
-        env=environment,
+        env={**environment, "ETCD_LEASE_TTL": "600"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

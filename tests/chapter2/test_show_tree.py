@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 BLOCK = 4
+LONG_LEASE = {"ETCD_LEASE_TTL": "60"}  # what is killed is listed until a busy test has looked
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ async def shown(*arguments: str, environment: Mapping[str, str]) -> tuple[str, s
         *command, env={**os.environ, **environment}, stdout=PIPE, stderr=PIPE
     )
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), 30)
+        output, errors = await asyncio.wait_for(process.communicate(), 60)
     finally:
         if process.returncode is None:
             process.kill()
@@ -179,9 +180,13 @@ async def test_a_dead_engine_and_a_wrong_model(
     start_pipeline: StartPipeline, servers: dict[str, str], tmp_path: Path
 ) -> None:
     start = ("engine0", "engine1", "router")
-    async with start_pipeline(chapter="chapter2", engines=2, start=start) as p:
+    environment = {**servers, **LONG_LEASE}
+    async with start_pipeline(
+        chapter="chapter2", engines=2, start=start, environment=environment
+    ) as p:
         await shown_in_step(p.namespace, servers)
         p.processes["engine1"].kill()
+        await p.processes["engine1"].wait()
         output, errors, status = await shown("--namespace", p.namespace, environment=servers)
         assert status == 0
         assert "does not answer" in errors
@@ -217,7 +222,10 @@ async def test_a_killed_router_does_not_answer(
 ) -> None:
     """It is listed until its lease expires."""
     start = ("engine0", "engine1", "router")
-    async with start_pipeline(chapter="chapter2", engines=2, start=start) as p:
+    environment = {**servers, **LONG_LEASE}
+    async with start_pipeline(
+        chapter="chapter2", engines=2, start=start, environment=environment
+    ) as p:
         await shown_in_step(p.namespace, servers)
         p.processes["router"].kill()
         await p.processes["router"].wait()

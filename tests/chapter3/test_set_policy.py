@@ -58,7 +58,7 @@ async def run(
         *command, env={**os.environ, **environment}, cwd=cwd, stdout=PIPE, stderr=PIPE
     )
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), 30)
+        output, errors = await asyncio.wait_for(process.communicate(), 60)
     finally:
         if process.returncode is None:
             process.kill()
@@ -73,7 +73,12 @@ async def test_policies_of_all_routers_are_shown_and_changed(
     (tmp_path / "mine.py").write_text(
         "def second(snapshot):\n    return [worker.worker_id == 1 for worker in snapshot.workers]\n"
     )
-    async with start_pipeline(chapter="chapter3", engines=2) as p, http_client(p.url) as client:
+    # What is killed is listed until a busy test has looked.
+    long_lease = {**servers, "ETCD_LEASE_TTL": "60"}
+    async with (
+        start_pipeline(chapter="chapter3", engines=2, environment=long_lease) as p,
+        http_client(p.url) as client,
+    ):
 
         async def policies(*arguments: str, status: int = 0) -> tuple[list[str], str]:
             found = await run(

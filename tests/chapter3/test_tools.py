@@ -31,7 +31,7 @@ async def test_show_tree_and_watch_events(
                 except TimeoutError:
                     continue
 
-        first = await asyncio.wait_for(event(), 20)
+        first = await asyncio.wait_for(event(), 60)
         assert " BlockStored " in first
         assert first.startswith(("worker 0 #", "worker 1 #"))
         output = ""
