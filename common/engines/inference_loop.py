@@ -113,7 +113,12 @@ class InferenceLoop(threading.Thread):
         work = self._scheduler.plan()
         if work:
             self._scheduler.computed([item for item in work if self._import(item)])
-            computed = [item for item in work if item.received is None]
+            # What follows a block that could not be imported is not to be computed yet.
+            computed = [
+                item
+                for item in work
+                if item.received is None and item.start == len(item.sequence.tokens)
+            ]
             ends = [self._fill_batch(item) for item in computed]
             if computed:
                 self._context.decode()
@@ -133,9 +138,8 @@ class InferenceLoop(threading.Thread):
         received = work.request.received
         if work.received is None or not isinstance(received, KvPieces):
             return False
-        start = work.received * self._scheduler.cache.block_size
-        data = received.piece(work.received)
-        if not self._context.import_kv(work.sequence.id, start, start + len(work.tokens), data):
+        data, end = received.piece(work.received), work.start + len(work.tokens)
+        if not self._context.import_kv(work.sequence.id, work.start, end, data):
             _log.warning("KV from another engine does not fit; computing the prompt instead")
             work.request.received = None  # nor are the blocks after it of any use
             self.failed_imports += 1
@@ -144,7 +148,7 @@ class InferenceLoop(threading.Thread):
 
     def _fill_batch(self, work: Work) -> int:
         """Put the work into the batch; the index there of its last token."""
-        position = len(work.sequence.tokens)
+        position = work.start
         *tokens, last = work.tokens
         for token in tokens:
             self._context.add(token, position, work.sequence.id, logits=False)

@@ -22,11 +22,13 @@ from common.protocol import EngineMetrics, FinishReason, PipelineError
 class Work:
     """Tokens of one request to compute in a step; `sample` when the last one's logits count.
 
-    With `received` they are not computed: that block of `request.received` is taken over.
+    They follow the sequence's first `start` ones. With `received` they are not computed: that
+    block of `request.received` is taken over.
     """
 
     request: ScheduledRequest
     sequence: CachedSequence
+    start: int
     tokens: list[int]
     sample: bool = False
     received: int | None = None
@@ -165,12 +167,17 @@ class Scheduler:
             if missing == 1:
                 request.received = None
             elif request.next_block_received(start, self.cache.block_size) is not None:
-                imports += self._imports(request, sequence, self._import_blocks - len(imports))
+                taken = self._imports(request, sequence, self._import_blocks - len(imports))
+                imports += taken
+                end = start + sum(len(item.tokens) for item in taken)
+                if len(request.tokens) - end == 1:
+                    last = request.tokens[end:]
+                    decodes.append(Work(request, sequence, end, last, sample=True))
                 continue
             count = 1 if missing == 1 else min(missing, budget, self._gap(request, start))
             if count:
                 tokens = request.tokens[start : start + count]
-                work = Work(request, sequence, tokens, sample=count == missing)
+                work = Work(request, sequence, start, tokens, sample=count == missing)
                 (decodes if missing == 1 else prefills).append(work)
                 budget -= 0 if missing == 1 else count
         return imports + decodes + prefills
@@ -187,7 +194,8 @@ class Scheduler:
             if block is None or request.received is None:
                 break
             end = min(start + size, request.received.tokens)
-            work.append(Work(request, sequence, request.tokens[start:end], received=block))
+            tokens = request.tokens[start:end]
+            work.append(Work(request, sequence, start, tokens, received=block))
             start = end
         return work
 
