@@ -108,7 +108,7 @@ def figures(workers: dict[int, Worker], now: float) -> dict[int, Figures]:
         info, metrics = worker.source.info, worker.metrics
         known[instance] = Figures(
             info.worker_id,
-            info.model,
+            f"{info.model} {worker.source.role}",
             silent=worker.synced and worker.is_silent(now),
             serves=worker.synced,
             busy=metrics is None or metrics.running + metrics.waiting > 0,

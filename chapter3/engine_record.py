@@ -29,11 +29,12 @@ class Figures:
     """What the engine's own metrics say.
 
     `done` goes up whenever it gets on with its requests; `busy`: it has some. It can `serve`
-    unless it failed a moment ago, or has only just come.
+    unless it failed a moment ago, or has only just come. Engines of one `kind`, the same model
+    and the same role, are compared with each other.
     """
 
     worker_id: int
-    model: str
+    kind: str
     silent: bool = False
     serves: bool = True
     busy: bool = True
@@ -63,7 +64,7 @@ class EngineRecord:
     """See `chapter3.health`; `badness` orders the reasons for quarantine."""
 
     worker_id: int
-    model: str
+    kind: str
     since: float  # of the state
     used: float  # when something was last sent to it
     progress: float  # when it last got on with its requests

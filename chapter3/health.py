@@ -124,7 +124,7 @@ class FleetHealth:
             self.remove(instance)
         for instance, seen in figures.items():
             if instance not in self.engines:
-                self.engines[instance] = EngineRecord(seen.worker_id, seen.model, now, now, now)
+                self.engines[instance] = EngineRecord(seen.worker_id, seen.kind, now, now, now)
             self.engines[instance].see(seen, now)
         if now - self._checked > BLIND_AFTER_S and math.isfinite(self._checked):
             self._blind_until = now + BLIND_S
@@ -153,13 +153,13 @@ class FleetHealth:
         return [key for key, engine in self.engines.items() if engine.canary_due(now)]
 
     def _take_usual(self) -> None:
-        """Learn what is usual for each engine, and for all with the same model."""
+        """Learn what is usual for each engine, and for all of a kind."""
         self._usual = {key: usual(engine.latencies) for key, engine in self.engines.items()}
-        by_model = defaultdict[str, list[Usual]](list)
+        by_kind = defaultdict[str, list[Usual]](list)
         for key, engine in self.engines.items():
-            by_model[engine.model].append(self._usual[key])
-        many = {model: known for model, known in by_model.items() if len(known) > MANY}
-        self._usual_of_all = {model: middle(known) for model, known in many.items()}
+            by_kind[engine.kind].append(self._usual[key])
+        many = {kind: known for kind, known in by_kind.items() if len(known) > MANY}
+        self._usual_of_all = {kind: middle(known) for kind, known in many.items()}
 
     def _evidence(
         self, instance: int, engine: EngineRecord, now: float, *, speed: bool
@@ -181,14 +181,14 @@ class FleetHealth:
         return "", 0.0
 
     def _others(self, instance: int) -> Usual:
-        """What is usual for the other engines with this model."""
-        model = self.engines[instance].model
-        if model in self._usual_of_all:
-            return self._usual_of_all[model]
+        """What is usual for the other engines of its kind."""
+        kind = self.engines[instance].kind
+        if kind in self._usual_of_all:
+            return self._usual_of_all[kind]
         return middle([
             known
             for other, known in self._usual.items()
-            if other != instance and other in self.engines and self.engines[other].model == model
+            if other != instance and other in self.engines and self.engines[other].kind == kind
         ])  # fmt: skip
 
     def _slow(self, instance: int, min_samples: int) -> Slow | None:
@@ -227,21 +227,21 @@ class FleetHealth:
         """Whether it may be quarantined, in another one's place if need be."""
         if engine.state == "probing":
             return True
-        out, room = self._out(engine.model)
+        out, room = self._out(engine.kind)
         if out and len(out) >= room and out[0].badness * CLEARLY_WORSE <= badness:
             self._release(out.pop(0), now)
         return len(out) < room
 
-    def _out(self, model: str) -> tuple[list[EngineRecord], int]:
+    def _out(self, kind: str) -> tuple[list[EngineRecord], int]:
         """Those that are not healthy, the least bad first, and how many these may be."""
-        serving = [e for e in self.engines.values() if e.serves and e.model == model]
+        serving = [e for e in self.engines.values() if e.serves and e.kind == kind]
         out = [engine for engine in serving if engine.state != "healthy"]
         room = int(len(serving) * MAX_QUARANTINED_SHARE)
         return sorted(out, key=lambda engine: engine.badness), room
 
     def _keep_enough(self, now: float) -> None:
-        for model in {engine.model for engine in self.engines.values()}:
-            out, room = self._out(model)
+        for kind in {engine.kind for engine in self.engines.values()}:
+            out, room = self._out(kind)
             for engine in out[: max(len(out) - room, 0)]:
                 self._release(engine, now)
 
