@@ -195,6 +195,18 @@ def test_requests_that_wait_for_a_place_say_nothing_about_the_engine() -> None:
     assert fleet.out() == []
 
 
+def test_engines_of_different_kinds_are_not_compared() -> None:
+    """One that computes prompts is slow beside those that get them computed."""
+    fleet = Fleet(engines=5)
+    fleet.figures = {n: Figures(n, "prefill" if n < 2 else "decode", busy=False) for n in range(5)}
+    fleet.health.engines.clear()
+    fleet.first_token_s |= {0: 2.0, 1: 2.0}
+    fleet.run(60)
+    assert fleet.out() == []
+    fleet.first_token_s[3] = 2.0
+    assert fleet.seconds_until("quarantined", 3) < 60
+
+
 def test_an_engine_without_metrics_is_out_at_once_and_back_when_it_is_heard_and_answers() -> None:
     fleet = Fleet()
     fleet.set(1, silent=True)
