@@ -27,6 +27,7 @@ from tests.common.engines.handover_helpers import (
     start,
     two_engines,
 )
+from tests.common.engines.handover_soak import soak
 
 import pytest
 import pytest_asyncio
@@ -263,3 +264,8 @@ async def test_an_answer_that_was_begun_is_handed_over(fresh: Engines) -> None:
     tokens = [*prompt, *begun, *first.token_ids]
     rest = await decode.run(GenerateRequest(tokens, SamplingParams(**sampling), 4, kv=first.kv))
     assert [*begun, *first.token_ids, *rest.token_ids] == local.token_ids
+
+
+async def test_nothing_leaks_when_requests_are_stopped_at_random_moments() -> None:
+    """A short run of `handover_soak`, which checks that."""
+    assert "handed over: length" in await soak(60, seed=1)
