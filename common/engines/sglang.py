@@ -91,8 +91,9 @@ class SGLangEngine:
         self.info = EngineInfo(
             model=name,
             backend="sglang",
-            # An input may be as long as that less one, so with one token of output it fits.
-            context_length=manager.max_req_input_len,
+            # It takes inputs shorter than the first, and keeps room for a page more than the second
+            # has: a longer request would wait for ever.
+            context_length=min(manager.max_req_input_len, process.total_tokens - 2 * block_size),
             block_size=block_size,
             total_blocks=process.total_tokens // block_size,
             worker_id=worker_id,

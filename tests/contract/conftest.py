@@ -22,16 +22,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Starting a real engine takes a while, and a test may be the first one to need it."""
-    if set(config.getoption("backend") or ()) - set(DEFAULT_BACKENDS):
-        for item in items:
-            item.add_marker(pytest.mark.timeout(600))
+    """Which of the tests make sense, and how long they may take."""
+    kept: list[pytest.Item] = []
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if name in DEFAULT_BACKENDS and "external" in getattr(item, "fixturenames", ()):
+            continue
+        if name in BACKENDS and name not in DEFAULT_BACKENDS:
+            # The first test of all waits until the engine has started.
+            item.add_marker(pytest.mark.timeout(600), append=False)
+        kept.append(item)
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     option = request.config.getoption
     return backend_of(request.param, option("--engine-model"), option("--engine-flags"))
+
+
+@pytest.fixture(scope="session")
+def external(backend: Backend) -> Backend:
+    """For tests that only backends with processes of their own can have."""
+    return backend
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
