@@ -46,13 +46,14 @@ class FakeModel:
         for request in self.scheduler.drop_stopped():
             self.end(request, "cancelled")
         work = self.scheduler.plan()
-        prefills = [item for item in work if len(item.tokens) > 1]
+        computed = [item for item in work if item.received is None]
+        prefills = [item for item in computed if len(item.tokens) > 1]
         assert sum(len(item.tokens) for item in prefills) <= CHUNK
-        assert len(work) - len(prefills) <= RUNNING
+        assert len(computed) - len(prefills) <= RUNNING
         self.preempted |= any(r.started is not None for r in self.scheduler.waiting)
         for item in work:
             self.memory.write(item.sequence.id, len(item.sequence.tokens), item.tokens)
-        self.scheduler.computed(work)
+            self.scheduler.computed([item])
         for item in work:
             if item.sample:
                 prefix = self.memory.content(item.sequence.id)[len(item.request.tokens) - 1]
