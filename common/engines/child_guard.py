@@ -1,33 +1,43 @@
 """Ends the processes of an engine when the process that has started them is gone.
 
-Runs as a process of its own. Its standard input is a pipe that the owner holds open; each line
-is the id of a process to watch over, or the path of shared memory that such a process has. When
-the pipe closes, the owner has ended, even if by SIGKILL: what is still there is killed, or removed.
+Runs as a process of its own, which is told the owner's id. Each line that it reads is the id of a
+process to watch over, or a path: shared memory that such a process has, or a folder of its. After
+an empty line, or when the owner has ended, even if by SIGKILL, what is still there is killed, or
+removed.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, cast
 
 import psutil
 
+_log = logging.getLogger(__name__)
+
 _SHARED_MEMORY = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)
 
 
 class ChildGuard:
-    """The owner's end; `close` kills what is left."""
+    """The owner's end; `close` kills and removes what is left, and `folder` with all in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.folder = tempfile.mkdtemp(prefix=f"{name}-")
         # -P: nothing beside this file is to be imported. A session of its own: the terminal's
         # Ctrl-C must not reach it.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", __file__, str(os.getpid())],
             stdin=subprocess.PIPE,
             start_new_session=True,
             text=True,
@@ -35,29 +45,48 @@ class ChildGuard:
         self._pipe = cast(IO[str], self._process.stdin)
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._known: set[str] = set()
+        self._tell({self.folder})
 
     def watch(self) -> None:
-        """Watch over the processes that `multiprocessing` has started since this guard was made.
+        """Watch over the processes that `multiprocessing` has spawned since this guard was made.
 
         And over what those have started, and the shared memory of them all.
         """
         found: set[str] = set()
-        for process in multiprocessing.active_children():
-            if process.pid is not None and process.pid not in self._others:
-                with contextlib.suppress(OSError, psutil.Error):  # it has just ended
-                    found |= _process_tree(process.pid)
-        for line in found - self._known:
-            self._pipe.write(f"{line}\n")
-        self._pipe.flush()
-        self._known |= found
+        for process in self._processes():
+            with contextlib.suppress(OSError, psutil.Error):  # it has just ended
+                found |= _process_tree(process.pid)
+        self._tell(found)
 
     def close(self) -> None:
-        """Kill and remove what is left and wait for that."""
-        self._pipe.close()
+        """See above; waits until it is done."""
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard
+            self._pipe.write("\n")
+            self._pipe.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
         self._process.wait()
+        for process in self._processes():
+            if str(process.pid) in self._known:
+                process.kill()
+                process.join()
+        _remove(path for path in self._known if path.startswith("/"))
+
+    def _processes(self) -> list[BaseProcess]:
+        children = multiprocessing.active_children()
+        return [process for process in children if process.pid not in self._others]
+
+    def _tell(self, lines: set[str]) -> None:
+        new = lines - self._known
+        self._known |= new
+        try:
+            self._pipe.write("".join(f"{line}\n" for line in new))
+            self._pipe.flush()
+        except BrokenPipeError:
+            _log.warning("the guard was killed: the engine's processes may outlive this one")
 
 
-def _process_tree(pid: int) -> set[str]:
+def _process_tree(pid: int | None) -> set[str]:
     found: set[str] = set()
     process = psutil.Process(pid)
     for each in (process, *process.children(recursive=True)):
@@ -66,14 +95,39 @@ def _process_tree(pid: int) -> set[str]:
     return found
 
 
+def _lines(owner: int) -> Iterator[str]:
+    """What the owner writes until it says that this is all, or ends.
+
+    The pipe need not close then: a process that it forked may have it open.
+    """
+    try:
+        ended = os.pidfd_open(owner)
+    except ProcessLookupError:
+        return
+    stdin = sys.stdin.fileno()
+    os.set_blocking(stdin, False)
+    text = ""
+    while True:
+        ready, _, _ = select.select([stdin, ended], [], [])
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(stdin, 65536).decode()
+        *lines, text = text.split("\n")
+        for line in lines:
+            if not line:
+                return
+            yield line
+        if ended in ready:
+            return
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     watched: list[int] = []
-    files: list[str] = []
-    for line in sys.stdin:
+    paths: list[str] = []
+    for line in _lines(int(sys.argv[1])):
         if line.startswith("/"):
-            files.append(line.rstrip("\n"))
+            paths.append(line)
             continue
         # By a descriptor: the number may belong to another process by the time it is needed.
         with contextlib.suppress(ProcessLookupError):
@@ -81,8 +135,15 @@ def main() -> None:
     for process in watched:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
-    for file in files:
-        Path(file).unlink(missing_ok=True)
+    _remove(paths)
+
+
+def _remove(paths: Iterable[str]) -> None:
+    for path in paths:
+        if Path(path).is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

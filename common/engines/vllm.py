@@ -6,8 +6,6 @@ allows; with its flag `--skip-tokenizer-init`, requests that have one are refuse
 
 import asyncio
 import logging
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any, Self
@@ -75,12 +73,11 @@ class VllmEngine:
         """
         name = served_name(model)
         async with AsyncExitStack() as stack:
-            folder = tempfile.mkdtemp(prefix="vllm-")
-            stack.callback(shutil.rmtree, folder)
-            sockets = {"endpoint": f"ipc://{folder}/kv", "replay_endpoint": f"ipc://{folder}/again"}
-            args = await asyncio.to_thread(engine_args, model, flags, sockets)
-            guard = ChildGuard()
+            guard = ChildGuard("vllm")
             stack.push_async_callback(asyncio.to_thread, guard.close)
+            address = f"ipc://{guard.folder}/events"
+            sockets = {"endpoint": address, "replay_endpoint": f"{address}-again"}
+            args = await asyncio.to_thread(engine_args, model, flags, sockets)
             stats = VllmStats()
             llm = await load(args, stats, guard)
             stack.push_async_callback(shut_down, llm)

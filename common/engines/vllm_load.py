@@ -1,9 +1,10 @@
 """Starts vLLM with the flags of its own command line, in a process that cannot be left behind."""
 
 import asyncio
-import multiprocessing
+import getpass
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any
@@ -54,6 +55,11 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
     """
     # The runtime has threads, of which a forked process would have the locks but not the threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    before = os.environ.get("TMPDIR")
+    # Where PyTorch keeps what it has compiled, also when another folder is the one for the rest.
+    user = f"torchinductor_{getpass.getuser()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), user))
+    os.environ["TMPDIR"] = guard.folder  # vLLM's processes leave files there when they are killed
     loading = asyncio.create_task(asyncio.to_thread(_without_interrupt, _load, args, stat_logger))
     try:
         while not loading.done():
@@ -65,6 +71,10 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
         if loading.exception() is None:
             await shut_down(loading.result())
         raise
+    finally:
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
     error = loading.exception()
     if isinstance(error, Exception):
         raise ValueError(f"vLLM cannot run {args.model}: {' '.join(str(error).split())}") from error
@@ -77,7 +87,6 @@ async def shut_down(llm: Any) -> None:
     if llm.output_handler is not None:
         llm.output_handler.cancel()  # it would take the end for a failure
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_TIMEOUT_S)
-    multiprocessing.active_children()  # collects those that were killed
 
 
 def _load(args: Any, stat_logger: Any) -> Any:
