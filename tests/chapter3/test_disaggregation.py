@@ -1,18 +1,29 @@
 """When another engine computes a prompt, which one, and what the router counts meanwhile."""
 
+import asyncio
 import pickle
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, cast
 
 from chapter3.canary import figures
 from chapter3.decision import Decision, output
-from chapter3.disaggregation import PrefillRule
+from chapter3.disaggregation import PrefillRule, prefill_id
+from chapter3.routed_stream import routed_stream
 from chapter3.selector import Selector
-from common.protocol import PipelineError
-from common.protocol_routing import ReportKind, RequestReport
-from common.protocol_transfer import Role
+from common.protocol import EngineOutput, EngineTimings, ErrorInfo, PipelineError, to_wire
+from common.protocol_routing import (
+    PrefillChoice,
+    ReportKind,
+    RequestReport,
+    RouteOutput,
+    RouteRequest,
+)
+from common.protocol_transfer import KvDescriptor, Role
 from tests.chapter3.fleet import FIRST, add_engine, fleet, load, route, source, stored, view
+from tests.chapter3.test_routed_stream import DIED, ENOUGH, GONE, FakeEngine, Run
 
 import pytest
+from dynamo.runtime import Context
 
 PROMPT = list(range(1, 202))
 P0, P1, D2, D3 = FIRST, FIRST + 1, FIRST + 2, FIRST + 3
@@ -236,3 +247,68 @@ def test_a_router_that_hears_of_it_counts_the_same() -> None:
         tell(one, "r/0/prefill", P0, "finished", 1.0, 1)
         assert one.active.load(P1).requests_elsewhere == 0
         assert "r/0" in one.health.engines[P1].sent
+
+
+class OneOfEach:
+    """A prefill engine, 100, and a decode engine, 101; the router's choice is always theirs."""
+
+    def __init__(self, prefill: FakeEngine) -> None:
+        self.run = Run(prefill, FakeEngine())
+        self.run.router._answer = self._answer  # type: ignore[method-assign]
+
+    async def _answer(self, wanted: RouteRequest, context: Any) -> AsyncIterator[Any]:
+        prefill = PrefillChoice(prefill_id(wanted.request_id), 100, 0)
+        yield to_wire(RouteOutput(101, 1, reason="decode", prefill=prefill))
+
+    @property
+    def kinds(self) -> list[tuple[str, int, str]]:
+        return [(name.removeprefix("request/0"), at, kind) for name, at, kind in self.run.kinds]
+
+
+PREFILL_ENDS = [("/prefill", 100, "first_token"), ("/prefill", 100, "finished")]
+DECODE_ENDS = [("", 101, "first_token"), ("", 101, "finished")]
+
+
+async def test_an_answer_by_way_of_a_prefill_engine() -> None:
+    kv = EngineOutput([ENOUGH[0]], kv=KvDescriptor("zmq", 3), timings=EngineTimings(1.0, 2.0, 3.0))
+    both = OneOfEach(FakeEngine(0, kv))
+    assert await both.run() == ENOUGH
+    first, second = (engine.requests[0] for engine in both.run.engines)
+    assert (first.prefill_only, first.generated, first.kv) == (True, 0, None)
+    assert (second.prefill_only, second.generated, second.kv) == (False, 1, kv.kv)
+    assert both.kinds == [*PREFILL_ENDS, *DECODE_ENDS]
+    assert both.run.progress.migrations == 0
+    timings = both.run.items[-1].timings
+    assert timings == EngineTimings(1.0, 3.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (DIED, "failed"),
+        (GONE, "failed"),
+        (EngineOutput(error=ErrorInfo("internal", "a bug")), "failed"),
+        (EngineOutput(error=ErrorInfo("overloaded", "full")), "finished"),
+        (EngineOutput(error=ErrorInfo("invalid_request", "no --role prefill")), "finished"),
+    ],
+    ids=str,
+)
+async def test_a_prefill_engine_that_fails_changes_nothing(
+    failure: str | EngineOutput, kind: str
+) -> None:
+    both = OneOfEach(FakeEngine(0, failure))
+    assert await both.run() == ENOUGH
+    assert both.run.engines[1].requests[0].kv is None
+    assert both.kinds == [("/prefill", 100, kind), *DECODE_ENDS]
+
+
+async def test_every_attempt_is_reported_when_the_reader_leaves_at_the_first_token() -> None:
+    """Else the processor would wait for it when it is to stop."""
+    kv = EngineOutput([ENOUGH[0]], kv=KvDescriptor("zmq", 3))
+    both = OneOfEach(FakeEngine(0, kv))
+    run = both.run
+    stream = routed_stream(run.hops, run.request, run.progress, 0.0, cast(Context, run.context))
+    assert (await anext(stream)).token_ids == ENOUGH[:1]
+    await stream.aclose()
+    assert both.kinds == [*PREFILL_ENDS, ("", 101, "failed")]
+    await asyncio.wait_for(run.reports._idle.wait(), 5)

@@ -50,6 +50,15 @@ class FakeContext:
     def is_stopped(self) -> bool:
         return self.stopped
 
+    def detached(self, request_id: str) -> "FakeContext":
+        return FakeContext()
+
+    def stop_generating(self) -> None:
+        self.stopped = True
+
+    async def async_killed_or_stopped(self) -> bool:
+        return await asyncio.Event().wait()
+
 
 def output_of(prompt: list[int], length: int) -> list[int]:
     """What every engine makes of a prompt: each token follows from all before it."""
