@@ -1,7 +1,6 @@
 """Start an engine by the name of its backend."""
 
 import argparse
-import importlib
 import importlib.util
 import inspect
 import os
@@ -131,12 +130,13 @@ async def _start_external(args: argparse.Namespace) -> Engine:
         )
     if importlib.util.find_spec(backend) is None:
         raise ValueError(f'{backend} is not installed: pip install ".[{backend}]"')
-    module = importlib.import_module(f"common.engines.{backend}")
-    engine_type = {"sglang": "SGLangEngine", "vllm": "VllmEngine"}[backend]
-    engine: Engine = await getattr(module, engine_type).start(
-        args.model, args.worker_id, args.engine_flags
-    )
-    return engine
+    if backend == "sglang":
+        from common.engines.sglang import SGLangEngine
+
+        return await SGLangEngine.start(args.model, args.worker_id, args.engine_flags)
+    from common.engines.vllm import VllmEngine
+
+    return await VllmEngine.start(args.model, args.worker_id, args.engine_flags)
 
 
 def _backend(name: str) -> str:
