@@ -1,7 +1,8 @@
 """Starts an engine in a process of its own, ends it, and prints what is left as one JSON line.
 
 lifecycle_probe.py close|kill BACKEND MODEL FLAGS: "close" closes it while it generates; "kill"
-first kills the processes that it has started. stdout may have the engine's own lines before that.
+first kills the processes that it has started. TMPDIR is to be empty. stdout may have the engine's
+own lines before that.
 """
 
 import asyncio
@@ -63,18 +64,14 @@ def own_children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p.pid != keeps]
 
 
-def files() -> set[Path]:
-    """Temporary files with a name that engines, or those behind them, give."""
-    return {
-        path
-        for path in Path(tempfile.gettempdir()).iterdir()
-        if path.name.startswith(("sglang", "vllm"))
-    }
+def files() -> list[str]:
+    """What is in the folder for temporary files, but for what torch keeps for next time."""
+    names = [path.name for path in Path(tempfile.gettempdir()).iterdir()]
+    return [name for name in names if not name.startswith("torchinductor")]
 
 
 if __name__ == "__main__":
-    before = files()
     report = asyncio.run(main(*sys.argv[1:]))
-    report["files"] = [path.name for path in files() - before]
+    report["files"] = files()
     report["threads"] = [t.name for t in threading.enumerate() if not t.daemon]
     print(json.dumps(report), flush=True)

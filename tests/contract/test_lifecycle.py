@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import sys
+import tempfile
 from typing import Any
 
 from tests.contract.backends import DEFAULT_BACKENDS, Backend
@@ -16,14 +18,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def probe(action: str, name: str, config: pytest.Config) -> dict[str, Any]:
     """What `lifecycle_probe` reports."""
     model, flags = config.getoption("--engine-model"), config.getoption("--engine-flags")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.contract.lifecycle_probe", action),
-        *(name, model or "", flags),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    output, errors = await process.communicate()
+    # A short path, because sockets are made there.
+    with tempfile.TemporaryDirectory(prefix="probe-") as folder:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.contract.lifecycle_probe", action),
+            *(name, model or "", flags),
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": folder},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()[-4000:]
     report: dict[str, Any] = json.loads(output.decode().splitlines()[-1])
     return report
