@@ -74,7 +74,7 @@ class KvHandover:
                 request.received = fetching.result()
         except KvTransferError as error:
             self.failed += 1
-            _log.warning("computing a prompt of %d tokens after all: %s", kv.tokens, error)
+            _log.warning("computing %d tokens after all: %s", len(request.tokens), error)
         finally:
             fetching.cancel()
             await asyncio.gather(fetching, return_exceptions=True)
