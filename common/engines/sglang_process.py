@@ -180,6 +180,9 @@ class SGLangProcess:
         engine.loop.close()
         for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
             socket.close(linger=0)
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        Path(shm_path_for(engine.port_args.instance_id)).unlink(missing_ok=True)
         for name in dir(engine.port_args):
             address = getattr(engine.port_args, name)
             if name.endswith("_ipc_name") and address:
