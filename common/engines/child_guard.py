@@ -58,6 +58,12 @@ class ChildGuard:
                 found |= _process_tree(process.pid)
         self._tell(found)
 
+    def kill(self) -> None:
+        """Kill all that there is by now."""
+        self.watch()
+        for process in self._processes():
+            process.kill()
+
     def close(self) -> None:
         """See above; waits until it is done."""
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard

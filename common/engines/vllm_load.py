@@ -1,7 +1,6 @@
 """Starts vLLM with the flags of its own command line, in a process that cannot be left behind."""
 
 import asyncio
-import getpass
 import os
 import signal
 import tempfile
@@ -57,8 +56,8 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     before = os.environ.get("TMPDIR")
     # Where PyTorch keeps what it has compiled, also when another folder is the one for the rest.
-    user = f"torchinductor_{getpass.getuser()}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), user))
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
     os.environ["TMPDIR"] = guard.folder  # vLLM's processes leave files there when they are killed
     loading = asyncio.create_task(asyncio.to_thread(_without_interrupt, _load, args, stat_logger))
     try:
@@ -66,8 +65,9 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
             guard.watch()
             await asyncio.wait({loading}, timeout=CHILDREN_CHECK_S)
     except asyncio.CancelledError:
-        guard.close()  # ends the processes, upon which vLLM gives up
-        await asyncio.wait({loading})
+        while not loading.done():
+            guard.kill()  # upon which vLLM gives up, if it has not just begun
+            await asyncio.wait({loading}, timeout=CHILDREN_CHECK_S)
         if loading.exception() is None:
             await shut_down(loading.result())
         raise
