@@ -54,11 +54,13 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
     """
     # The runtime has threads, of which a forked process would have the locks but not the threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    before = os.environ.get("TMPDIR")
+    # It leaves files there when its processes are killed, and its sockets always.
+    folders = {"TMPDIR": guard.folder, "VLLM_RPC_BASE_PATH": guard.folder}
+    before = {name: os.environ[name] for name in folders if name in os.environ}
     # Where PyTorch keeps what it has compiled, also when another folder is the one for the rest.
     compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
-    os.environ["TMPDIR"] = guard.folder  # vLLM's processes leave files there when they are killed
+    os.environ.update(folders)
     loading = asyncio.create_task(asyncio.to_thread(_without_interrupt, _load, args, stat_logger))
     try:
         while not loading.done():
@@ -72,9 +74,9 @@ async def load(args: Any, stat_logger: Any, guard: ChildGuard) -> Any:
             await shut_down(loading.result())
         raise
     finally:
-        del os.environ["TMPDIR"]
-        if before is not None:
-            os.environ["TMPDIR"] = before
+        for name in folders:
+            del os.environ[name]
+        os.environ.update(before)
     error = loading.exception()
     if isinstance(error, Exception):
         raise ValueError(f"vLLM cannot run {args.model}: {' '.join(str(error).split())}") from error
