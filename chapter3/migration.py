@@ -74,9 +74,10 @@ class Progress:
         self.tokens += output.token_ids
         self.finished = output.finish_reason is not None
         if output.timings is not None and not self.finished:
-            # Another engine goes on.
+            # Another engine goes on, from now on.
             self._lost.queue_ms += output.timings.queue_ms
             self._lost.prefill_ms += output.timings.prefill_ms
+            self._sent, self._first_token = now, now if output.token_ids else None
             output.timings = None
         elif output.timings is not None:
             output.timings = EngineTimings(

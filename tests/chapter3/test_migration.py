@@ -162,6 +162,16 @@ def test_timings_have_the_work_of_all_engines() -> None:
     assert last.timings == EngineTimings(1.0, 2020.0, 1300.0)
 
 
+def test_the_time_of_a_handover_counts_once() -> None:
+    """The engine that takes over is lost: only its time is measured from here."""
+    answer = progress()
+    got(answer, 4, timings=EngineTimings(queue_ms=1.0, prefill_ms=900.0, decode_ms=0.0))
+    assert survives(answer)
+    timings = EngineTimings(queue_ms=0.0, prefill_ms=20.0, decode_ms=300.0)
+    last = got(answer, 5, finish_reason="stop", timings=timings)
+    assert last.timings == EngineTimings(1.0, 920.0, 1300.0)
+
+
 def test_an_engine_that_shuts_down_ends_requests_but_not_their_answers() -> None:
     timings = EngineTimings(0.0, 0.0, 0.0)
     output = EngineOutput([7], finish_reason="cancelled", timings=timings)
