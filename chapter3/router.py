@@ -78,7 +78,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             found = output(decision, queued_ms=queued_ms)
             if context.is_stopped():
                 # It will never be sent.
-                for name in (wanted.request_id, decision.prefill_id):
+                for name in filter(None, (wanted.request_id, decision.prefill_id)):
                     take_report(RequestReport(name, 0, "failed"))
         except PipelineError as error:
             found = RouteOutput(error=error.info)
