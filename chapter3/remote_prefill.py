@@ -51,12 +51,12 @@ class RemotePrefill:
             raise
         finally:
             silence.expect(None)
-            linked.cancel()
             # A stream that is not read to its end looks like a broken engine; one backend keeps
-            # it open until the KV has been fetched.
+            # it open until the KV has been fetched, or until the client has left.
             reading = asyncio.ensure_future(_read_on(items))
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)
+            reading.add_done_callback(lambda _: linked.cancel())
 
     async def close(self) -> None:
         for reading in self._reading:

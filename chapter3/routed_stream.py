@@ -141,7 +141,7 @@ class _Route:
         except Exception as error:
             if self._context.is_stopped():
                 raise
-            kind = verdict(error)
+            kind = "failed" if is_gone(error) else "finished"
             self._log.warning("worker %d did not compute the prompt: %s", prefill.worker_id, error)
         finally:
             attempt.end(kind)

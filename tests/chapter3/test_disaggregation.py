@@ -8,9 +8,19 @@ from typing import Any, cast
 from chapter3.canary import figures
 from chapter3.decision import Decision, output
 from chapter3.disaggregation import PrefillRule, prefill_id
+from chapter3.remote_prefill import RemotePrefill
 from chapter3.routed_stream import routed_stream
 from chapter3.selector import Selector
-from common.protocol import EngineOutput, EngineTimings, ErrorInfo, PipelineError, to_wire
+from chapter3.silence import Silence
+from common.dispatch import NOT_LISTED
+from common.protocol import (
+    EngineOutput,
+    EngineTimings,
+    ErrorInfo,
+    GenerateRequest,
+    PipelineError,
+    to_wire,
+)
 from common.protocol_routing import (
     PrefillChoice,
     ReportKind,
@@ -20,10 +30,10 @@ from common.protocol_routing import (
 )
 from common.protocol_transfer import KvDescriptor, Role
 from tests.chapter3.fleet import FIRST, add_engine, fleet, load, route, source, stored, view
-from tests.chapter3.test_routed_stream import DIED, ENOUGH, GONE, FakeEngine, Run
+from tests.chapter3.test_routed_stream import DIED, ENOUGH, GONE, FakeContext, FakeEngine, Run
 
 import pytest
-from dynamo.runtime import Context
+from dynamo.runtime import Client, Context
 
 PROMPT = list(range(1, 202))
 P0, P1, D2, D3 = FIRST, FIRST + 1, FIRST + 2, FIRST + 3
@@ -267,6 +277,7 @@ class OneOfEach:
 
 PREFILL_ENDS = [("/prefill", 100, "first_token"), ("/prefill", 100, "finished")]
 DECODE_ENDS = [("", 101, "first_token"), ("", 101, "finished")]
+NOT_LISTED_HERE = f"Unavailable: instance 100 {NOT_LISTED} engine.generate"
 
 
 async def test_an_answer_by_way_of_a_prefill_engine() -> None:
@@ -287,6 +298,7 @@ async def test_an_answer_by_way_of_a_prefill_engine() -> None:
     [
         (DIED, "failed"),
         (GONE, "failed"),
+        (NOT_LISTED_HERE, "finished"),
         (EngineOutput(error=ErrorInfo("internal", "a bug")), "failed"),
         (EngineOutput(error=ErrorInfo("overloaded", "full")), "finished"),
         (EngineOutput(error=ErrorInfo("invalid_request", "no --role prefill")), "finished"),
@@ -312,3 +324,43 @@ async def test_every_attempt_is_reported_when_the_reader_leaves_at_the_first_tok
     await stream.aclose()
     assert both.kinds == [*PREFILL_ENDS, ("", 101, "failed")]
     await asyncio.wait_for(run.reports._idle.wait(), 5)
+
+
+async def test_a_prefill_engine_that_waits_for_the_other_one_learns_that_the_client_left() -> None:
+    """SGLang keeps the prompt's KV until it is fetched."""
+    stopped = [asyncio.Event(), asyncio.Event()]  # the client's context, the prefill engine's
+
+    class Linked(FakeContext):
+        def __init__(self, which: int) -> None:
+            super().__init__()
+            self.which = which
+
+        def detached(self, request_id: str) -> "Linked":
+            return Linked(1)
+
+        def stop_generating(self) -> None:
+            stopped[self.which].set()
+
+        async def async_killed_or_stopped(self) -> bool:
+            return await stopped[self.which].wait()
+
+    class Engine:
+        async def direct(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            return self._stream()
+
+        async def _stream(self) -> AsyncIterator[Any]:
+            yield to_wire(EngineOutput(kv=KvDescriptor("sglang", 3)))
+            await stopped[1].wait()
+
+    async def hangs(instance: int) -> bool:
+        return False
+
+    remote = RemotePrefill(cast(Client, Engine()), 60.0)
+    context = cast(Context, Linked(0))
+    silence = Silence(lambda: [100], hangs)
+    answer = await remote.compute(GenerateRequest([1, 2, 3]), 100, silence, context)
+    assert answer.kv == KvDescriptor("sglang", 3)
+    assert not stopped[1].is_set()
+    stopped[0].set()
+    await asyncio.wait_for(stopped[1].wait(), 30)
+    await remote.close()
