@@ -57,7 +57,7 @@ async def shared(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
             backend="simulated",
             port=free_port(),
         )
-        known = arguments("--prefill-timeout=5", **SLOW_PREFILL)
+        known = arguments("--prefill-timeout=8", **SLOW_PREFILL)
         async with pipeline(children, servers, "chapter3", options, arguments=known) as running:
             await running.wait_ready()
             yield running
@@ -226,13 +226,13 @@ async def test_the_decode_engine_is_killed_after_the_handover(
     running: Pipeline, client: httpx.AsyncClient
 ) -> None:
     """Another one goes on, by way of the prefill engine again: it has the prompt."""
-    body = request("decode engine", max_tokens=150)
+    body = request("decode engine", max_tokens=300)
     async with stream(client, body) as streamed:
         await streamed.read_text(20)
         killed = way(running, streamed.request_id)[0][-1]
         running.processes[f"engine{killed}"].kill()
         await streamed.read_all()
-    assert outcome(streamed)[1:] == ("length", outcome(streamed)[2], 150)
+    assert outcome(streamed)[1:] == ("length", outcome(streamed)[2], 300)
     got, handed_over = way(running, streamed.request_id)
     assert killed != 0
     assert got[-1] != killed

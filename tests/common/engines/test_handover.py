@@ -96,7 +96,7 @@ async def test_the_timings_and_cached_tokens_of_both_are_reported(fresh: Engines
     before, after = answer.first.timings, answer.rest.items[-1].timings
     assert before is not None
     assert after is not None
-    assert before.prefill_ms > after.prefill_ms > 0
+    assert min(before.prefill_ms, after.prefill_ms) > 0
     again = await hand_over(prefill, decode, a_prompt(1, 40), **GREEDY)
     assert (again.first.cached_tokens, again.rest.items[0].cached_tokens) == (32, 32)
 

@@ -172,7 +172,8 @@ async def test_a_wrong_answer_is_an_error(
     lending: KvTransfer, start: StartTransfer, answers: list[list[Any]], message: str
 ) -> None:
     descriptor = lend(lending, 5000)
-    async with fake_lender(answers) as address, start(timeout_s=0.5) as borrowing:
+    timeout_s = 20.0 if answers else 0.5
+    async with fake_lender(answers) as address, start(timeout_s=timeout_s) as borrowing:
         descriptor.data["address"] = address
         with pytest.raises(KvTransferError, match=message):
             await borrowing.borrower.fetch(descriptor, 0)
@@ -184,7 +185,7 @@ async def test_too_little_data_is_an_error(
     lending: KvTransfer, start: StartTransfer, frames: list[Any]
 ) -> None:
     descriptor = lend(lending, 5000)
-    async with fake_lender([frames]) as address, start(timeout_s=0.5) as borrowing:
+    async with fake_lender([frames]) as address, start(timeout_s=20.0) as borrowing:
         descriptor.data["address"] = address
         with pytest.raises(KvTransferError, match="bytes, not 5000"):
             await borrowing.borrower.fetch(descriptor, 0)
