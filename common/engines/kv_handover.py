@@ -72,9 +72,12 @@ class KvHandover:
             await first_of(asyncio.wait([fetching]), request.context.async_killed_or_stopped())
             if fetching.done() and not fetching.cancelled():  # else nobody wants it any more
                 request.received = fetching.result()
-        except KvTransferError as error:
+        except Exception as error:  # whatever it is: the prompt can be computed
             self.failed += 1
-            _log.warning("computing %d tokens after all: %s", len(request.tokens), error)
+            cause = None if isinstance(error, KvTransferError) else error
+            _log.warning(
+                "computing %d tokens after all: %s", len(request.tokens), error, exc_info=cause
+            )
         finally:
             fetching.cancel()
             await asyncio.gather(fetching, return_exceptions=True)

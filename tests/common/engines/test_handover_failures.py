@@ -151,6 +151,16 @@ async def test_a_descriptor_of_something_else(engines: Engines) -> None:
         await computed_all_the_same(engines, kv, 2)
 
 
+async def test_a_transfer_that_fails_in_a_way_of_its_own(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(descriptor: KvDescriptor, first_block: int) -> KvPieces:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(engines[1].transfer.borrower, "fetch", fetch)
+    await computed_all_the_same(engines, a_loan(LENGTH), 14)
+
+
 async def test_another_block_size(engines: Engines) -> None:
     async with Peer.start(block_size=8) as other:
         item = await compute(other, a_prompt(3, LENGTH), **GREEDY)
