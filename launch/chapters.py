@@ -125,6 +125,11 @@ def check_chapter(arguments: argparse.Namespace) -> None:
     engines = arguments.engines or ENGINES.get(arguments.chapter, 1)
     if arguments.prefill and not any(part.roles for part in components(arguments.chapter)):
         raise LaunchError(f"--prefill: the engines of {arguments.chapter} do all of their work")
+    if arguments.prefill and arguments.backend == "sglang":
+        raise LaunchError(
+            "--prefill: all engines get the same flags, but SGLang has a --disaggregation-mode for "
+            "each role; start the components one by one"
+        )
     if arguments.prefill >= engines:
         raise LaunchError(
             f"--prefill {arguments.prefill}: of {engines} engines one at least must generate"
