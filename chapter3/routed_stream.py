@@ -137,9 +137,11 @@ class _Route:
             computed = await self._hops.prefill.compute(
                 self._progress.request(), prefill.instance_id, self._prefill_silence, self._context
             )
-            attempt.tokens(len(computed.token_ids))
+            attempt.tokens(len(computed.token_ids) or 1)  # some leave the first to the other engine
         except Exception as error:
-            if self._context.is_stopped():
+            # A request that kills engines is not to have one of each role.
+            killed = DIED in str(error) and not self._progress.die()
+            if killed or self._context.is_stopped():
                 raise
             kind = "failed" if is_gone(error) else "finished"
             self._log.warning("worker %d did not compute the prompt: %s", prefill.worker_id, error)
@@ -171,8 +173,8 @@ class _Route:
         if failure is not None and DIED in str(failure):
             if self._progress.tokens:
                 self.lose(failure)
-            else:
-                self._progress.die()  # how often that is survived, `dispatch` says
+            elif not self._progress.die():
+                raise failure
         lost, self._failure = self._failure, None
         failure, before = failure or lost, self._chosen
         self.silence.expect(None)

@@ -19,15 +19,20 @@ _log = logging.getLogger(__name__)
 NOT_LENT = "none"  # the kind of a descriptor that leaves everything to be computed again
 # Received KV waits in memory until its request runs; so many prompts' at most.
 MAX_RECEIVED = 16
+RELEASE_S = 0.5  # nobody's answer waits longer for a courtesy
 
 
 class KvHandover:
-    """For one event loop; without a `transfer` nothing is given away, and nothing comes."""
+    """For one event loop; without a `transfer` nothing is given away, and nothing comes.
 
-    def __init__(self, transfer: KvTransfer | None) -> None:
+    `model` names weights and their quantisation: another file's KV is of no use.
+    """
+
+    def __init__(self, transfer: KvTransfer | None, model: str) -> None:
         self.failed = 0
         self._fetching: set[asyncio.Task[KvPieces | None]] = set()
         self._transfer = transfer
+        self._model = model
         self._room = asyncio.Semaphore(MAX_RECEIVED)
         self._holding: set[ScheduledRequest] = set()
 
@@ -46,7 +51,7 @@ class KvHandover:
             message = "this engine gives no KV away; start it with --role prefill"
             raise PipelineError("invalid_request", message, "prefill_only")
 
-    def lend(self, request: ScheduledRequest, pieces: KvPieces, model: str) -> KvDescriptor:
+    def lend(self, request: ScheduledRequest, pieces: KvPieces) -> KvDescriptor:
         """Keep the KV for another engine to fetch."""
         assert self._transfer is not None  # noqa: S101 (`check` has refused the request)
         if request.is_stopped():
@@ -55,17 +60,15 @@ class KvHandover:
         if descriptor is None:
             _log.warning("no room to keep %d bytes of KV for another engine", pieces.size)
             return KvDescriptor(NOT_LENT, 0)
-        descriptor.model = model
+        descriptor.model = self._model
         return descriptor
 
-    async def receive(
-        self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache, model: str
-    ) -> None:
+    async def receive(self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache) -> None:
         """Fetch what is not cached here into `request.received`, or leave it to be computed.
 
         `done` must follow.
         """
-        fetching = asyncio.create_task(self._fetch(request, kv, cache, model))
+        fetching = asyncio.create_task(self._fetch(request, kv, cache))
         self._fetching.add(fetching)
         fetching.add_done_callback(self._fetching.discard)
         try:
@@ -94,14 +97,14 @@ class KvHandover:
             fetching.cancel()
 
     async def _fetch(
-        self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache, model: str
+        self, request: ScheduledRequest, kv: KvDescriptor, cache: BlockCache
     ) -> KvPieces | None:
         if self._transfer is None:
             raise KvTransferError("this engine takes no KV; start it with --role decode")
         if kv.kind == NOT_LENT:
             raise KvTransferError("the other engine had no room to keep it")
-        if kv.model != model:
-            raise KvTransferError(f"it is of the model {kv.model!r}, not of {model!r}")
+        if kv.model != self._model:
+            raise KvTransferError(f"it is of the model {kv.model!r}, not of {self._model!r}")
         if not 0 < kv.tokens < len(request.tokens):
             raise KvTransferError(f"it is of {kv.tokens} tokens, not of {len(request.tokens) - 1}")
         await self._room.acquire()
@@ -111,8 +114,9 @@ class KvHandover:
         size = cache.block_size
         cached = len(cache.match(request.tokens, block_hashes(request.tokens, size)))
         if cached * size >= kv.tokens:
-            with contextlib.suppress(KvTransferError):  # then it expires
-                await self._transfer.borrower.release(kv)
+            with contextlib.suppress(KvTransferError, TimeoutError):  # then it expires
+                async with asyncio.timeout(RELEASE_S):
+                    await self._transfer.borrower.release(kv)
             return None
         pieces = await self._transfer.borrower.fetch(kv, cached)
         if (pieces.first, pieces.end, pieces.tokens) != (cached, -(-kv.tokens // size), kv.tokens):

@@ -20,6 +20,7 @@ from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.scheduler import Scheduler
 from common.kv import KvEvent
 from common.kv_transfer.start import KvTransfer
+from common.model_files import find_model
 from common.protocol import (
     EngineInfo,
     EngineMetrics,
@@ -47,7 +48,7 @@ class LlamaCppEngine:
 
     def __init__(self, settings: LlamaCppSettings, transfer: KvTransfer | None = None) -> None:
         self._settings = settings
-        self._handover = KvHandover(transfer)
+        self._handover = KvHandover(transfer, find_model(settings.model).name)
         self._event_loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[BaseException] = self._event_loop.create_future()
         self._loaded: asyncio.Future[None] = self._event_loop.create_future()
@@ -159,7 +160,7 @@ class LlamaCppEngine:
     ) -> AsyncGenerator[EngineOutput, None]:
         self._check_room()
         try:
-            await self._handover.receive(request, kv, self._cache, self.info.model)
+            await self._handover.receive(request, kv, self._cache)
             async with aclosing(request.items(lambda: self._submit(request))) as items:
                 async for item in items:
                     self._handover.done(request)  # it runs, so it has taken over what there was
@@ -213,7 +214,7 @@ class LlamaCppEngine:
                 self._open.discard(request)
             else:
                 if delivery.kv is not None:
-                    result.kv = self._handover.lend(request, delivery.kv, self.info.model)
+                    result.kv = self._handover.lend(request, delivery.kv)
                 request.stream.put(result)
                 if result.finish_reason is not None or result.kv is not None:
                     self._open.discard(request)

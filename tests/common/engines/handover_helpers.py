@@ -11,13 +11,15 @@ from common.engines.kv_handover import MAX_RECEIVED
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.kv import KvEvent
 from common.kv_transfer.start import KvTransfer, kv_transfer
-from common.model_files import DEFAULT_MODEL
+from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import EngineOutput, GenerateRequest, SamplingParams
 from common.protocol_transfer import KvDescriptor
 from tests.chapter1.helpers import eventually
 from tests.common.engines.engine_helpers import FakeContext, Result, replay
 
 BLOCK = 16
+
+MODEL_FILE = find_model(DEFAULT_MODEL).name  # KV of other weights is of no use
 
 
 @dataclass
@@ -153,7 +155,7 @@ def a_prompt(seed: int, length: int) -> list[int]:
 
 def a_loan(tokens: int) -> KvDescriptor:
     """A descriptor of KV that nobody has."""
-    return KvDescriptor("zmq", tokens, {"address": "tcp://127.0.0.1:1"}, DEFAULT_MODEL)
+    return KvDescriptor("zmq", tokens, {"address": "tcp://127.0.0.1:1"}, MODEL_FILE)
 
 
 def start(

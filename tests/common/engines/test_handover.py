@@ -82,7 +82,7 @@ async def test_a_whole_prompt_is_taken_over(fresh: Engines, length: int) -> None
     assert_equal(answer.whole, await collect(alone.engine, prompt, **GREEDY))
     kv = answer.first.kv
     assert kv is not None
-    assert (kv.tokens, kv.model) == (length, DEFAULT_MODEL)
+    assert (kv.tokens, kv.model) == (length, find_model(DEFAULT_MODEL).name)
     assert decode.fetched_bytes - fetched == kv.data["size"]
     assert decode.engine.metrics().received_tokens - received == length
     assert answer.first.worker_id == 1

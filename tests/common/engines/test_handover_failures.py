@@ -8,13 +8,13 @@ from typing import Any
 from common.engines.kv_handover import MAX_RECEIVED
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.kv_transfer.pieces import KvPieces
-from common.model_files import DEFAULT_MODEL
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
 from common.protocol_transfer import KvDescriptor
 from tests.chapter1.helpers import eventually
 from tests.common.engines.engine_helpers import FakeContext, Result, collect
 from tests.common.engines.handover_helpers import (
     BLOCK,
+    MODEL_FILE,
     Peer,
     a_loan,
     a_prompt,
@@ -142,11 +142,11 @@ async def test_what_cannot_be_taken_over_is_computed(
 async def test_a_descriptor_of_something_else(engines: Engines) -> None:
     for kv in (
         KvDescriptor("none", 0),
-        KvDescriptor("sglang", LENGTH, {"bootstrap_room": 1}, DEFAULT_MODEL),
-        KvDescriptor("zmq", LENGTH, {"address": "tcp://127.0.0.1:1"}, DEFAULT_MODEL),
+        KvDescriptor("sglang", LENGTH, {"bootstrap_room": 1}, MODEL_FILE),
+        KvDescriptor("zmq", LENGTH, {"address": "tcp://127.0.0.1:1"}, MODEL_FILE),
         KvDescriptor("zmq", LENGTH, {}, "another-model"),
-        KvDescriptor("zmq", 0, {}, DEFAULT_MODEL),
-        KvDescriptor("zmq", LENGTH + 1, {}, DEFAULT_MODEL),
+        KvDescriptor("zmq", 0, {}, MODEL_FILE),
+        KvDescriptor("zmq", LENGTH + 1, {}, MODEL_FILE),
     ):
         await computed_all_the_same(engines, kv, 2)
 

@@ -124,7 +124,7 @@ async def test_requests_that_wait_for_their_schema_count_as_waiting(
     engine: LlamaCppEngine, held: HeldCompiler
 ) -> None:
     tasks = await start(engine, 4)
-    with pytest.raises(PipelineError, match="schemas of 4 more, the most it takes is 4") as caught:
+    with pytest.raises(PipelineError, match="has 4 of at most 4 requests") as caught:
         await ask(engine, FakeContext())
     assert caught.value.info.kind == "overloaded"
     plain = await collect(engine, [1000], max_tokens=2)
