@@ -5,6 +5,7 @@ import os
 import socket
 
 from common.arguments import port_number
+from common.errors import ComponentError
 from common.server_addresses import server_addresses
 
 
@@ -38,3 +39,14 @@ def kv_host() -> str:
         probe.connect(address[4])  # sends nothing: a datagram socket only picks its route
         own: str = probe.getsockname()[0]
     return own
+
+
+def zmq_host(host: str, purpose: str) -> str:
+    """The address as it stands in a ZMQ endpoint; `purpose` is what could not be done there.
+
+    Raises:
+        ComponentError: it is none that others could connect to.
+    """
+    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 (refused)
+        raise ComponentError(f"cannot {purpose} on {host}: name one address, which others reach")
+    return f"[{host}]" if ":" in host else host

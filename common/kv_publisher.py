@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from common.engines.base import Engine
 from common.errors import ComponentError
 from common.kv import BlockStored, KvEvent, KvEventBatch, MetricsBatch
+from common.kv_arguments import zmq_host
 from common.kv_mirror import KvMirror
 from common.protocol import EngineMetrics
 from common.protocol_router import KvSnapshotPart, KvSource
@@ -138,11 +139,8 @@ async def publishing(
 
 def _bind(socket: "zmq.Socket[bytes]", host: str, port: int | None, default: int) -> None:
     socket.linger = 0
-    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 (refused)
-        raise ComponentError(f"cannot publish on {host}: name one address, which routers reach")
-    if ":" in host:
-        socket.ipv6 = True
-        host = f"[{host}]"
+    socket.ipv6 = ":" in host
+    host = zmq_host(host, "publish")
     try:
         socket.bind(f"tcp://{host}:{default if port is None else port or '*'}")
     except zmq.ZMQError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.errors import ComponentError
+from common.kv_arguments import zmq_host
 from common.kv_transfer.borrower import Borrower
 from common.kv_transfer.lender import MAX_REQUEST_BYTES, Lender
 from common.kv_transfer.lent_memory import LentMemory
@@ -85,13 +86,10 @@ async def kv_transfer(
 
 
 def _bind(socket: zmq.asyncio.Socket, host: str) -> None:
-    if host in ("0.0.0.0", "::", "*"):  # noqa: S104 (refused)
-        raise ComponentError(f"cannot lend KV on {host}: name one address, which engines reach")
-    if ":" in host:
-        socket.ipv6 = True
-        host = f"[{host}]"
+    socket.ipv6 = ":" in host
+    address = f"tcp://{zmq_host(host, 'lend KV')}:*"
     try:
-        socket.bind(f"tcp://{host}:*")
+        socket.bind(address)
     except zmq.ZMQError as error:
         raise ComponentError(f"cannot lend KV: {error}") from error
 

@@ -16,6 +16,7 @@ def child(sending: Connection) -> None:
     # Nobody but the guard is to remove it.
     resource_tracker.unregister(f"/{memory.name}", "shared_memory")
     sending.send(memory.name)
+    # It is there to be killed; should nobody do it, it does not stay for ever.
     time.sleep(600)
 
 
