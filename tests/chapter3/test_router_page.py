@@ -187,15 +187,18 @@ async def test_a_name_that_turns_the_direction_of_text_turns_nothing(
 async def test_the_scores_of_our_policy_are_in_sight(server: PageServer, page: pw.Page) -> None:
     """Four terms, the score and the shadow's fit on a laptop's screen without scrolling."""
     router = server.routers.add()
-    router.selector.policy = PolicyInUse.named("earliest_start")
-    for _ in range(3):
+    router.selector.policy = router.selector.shadow = PolicyInUse.named("earliest_start")
+    for _ in range(4):  # the last goes to the engine that is idle, by both: two badges
         router.decide(1000, end=False)
+    await pw.expect(lines(page)).to_have_count(4)
     await lines(page).first.click()
     await pw.expect(page.locator(".terms th")).to_have_count(10)
-    assert await page.evaluate("""() => {
+    await pw.expect(page.locator(".terms .winner .badge")).to_have_text(["chosen", "shadow"])
+    needed, there = await page.evaluate("""() => {
         const scroll = document.querySelector("tr.detail .scroll");
-        return scroll.scrollWidth <= scroll.clientWidth;
+        return [scroll.scrollWidth, scroll.clientWidth];
     }""")
+    assert needed <= there
 
 
 async def test_several_routers_and_one_that_goes(server: PageServer, page: pw.Page) -> None:
