@@ -5,7 +5,7 @@ Needs no network and no clock of its own; times are in seconds of any clock.
 
 from dataclasses import dataclass, field
 
-from common.dispatch import NOT_LISTED
+from common.dispatch import NOT_LISTED, REFUSALS
 from common.protocol import (
     EngineOutput,
     EngineTimings,
@@ -90,15 +90,18 @@ class Progress:
         taken, self.migrations = self.migrations, 0
         return taken
 
-    def lose(self, failure: ErrorInfo, now: float, *, died: bool) -> bool:
+    def lose(self, failure: ErrorInfo, now: float, *, died: bool, refused: bool = False) -> bool:
         """The engine is lost, or cannot take the request; whether another one is to go on.
 
         That engine after engine `died` over the same token is taken for the request's doing: it is
-        not to take the rest of them with it.
+        not to take the rest of them with it. Nothing is lost with one that `refused`.
         """
-        refused = failure.kind == "overloaded" and self.tokens
-        if self.finished or not (is_fault(failure) or refused):
+        full = failure.kind == "overloaded" and self.tokens
+        if self.finished or not (is_fault(failure) or full):
             return False
+        if refused:
+            self._count_time(now)
+            return True
         if died and not self.die():
             return False
         self._losses += 1
@@ -165,6 +168,13 @@ def verdict(failure: Exception | None) -> ReportKind:
 def is_gone(failure: Exception) -> bool:
     """Whether the engine that failed is not to be chosen by others either."""
     return NOT_LISTED not in str(failure) and verdict(failure) == "failed"
+
+
+def is_refusal(failure: Exception) -> bool:
+    """Whether an engine that has made nothing did not begin: it is full, leaving, or not there."""
+    if isinstance(failure, PipelineError):
+        return failure.info.kind in ("overloaded", "unavailable")
+    return any(part in str(failure) for part in REFUSALS)
 
 
 def broken_off(error: PipelineError, made: int) -> PipelineError:

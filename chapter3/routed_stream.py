@@ -12,7 +12,7 @@ from typing import Any
 
 from chapter3.disaggregation import prefill_id
 from chapter3.hops import Hops
-from chapter3.migration import Progress, broken_off, failure_in, is_gone, verdict
+from chapter3.migration import Progress, broken_off, failure_in, is_gone, is_refusal, verdict
 from chapter3.reports import Attempt
 from chapter3.router_client import NoRouterError, find_worker, is_silent
 from chapter3.silence import Silence, SilentEngineError
@@ -109,6 +109,7 @@ class _Route:
         self._tried: list[int] = []
         self._chosen: RouteOutput | None = None  # None: engines take turns
         self._failure: Exception | None = None  # for which another engine goes on
+        self._sent_with = 0  # so many tokens of the answer
 
     async def send(self) -> AsyncIterator[Any]:
         self._progress.sent(time.perf_counter())
@@ -120,6 +121,7 @@ class _Route:
         """To the engine that generates; with `kv` it need not compute the prompt."""
         engine = self._hops.engine
         generate = to_wire(replace(self._progress.request(), kv=kv))
+        self._sent_with = len(self._progress.tokens)
         self.silence.expect(None if self._chosen is None else self._chosen.instance_id)
         if self._chosen is None:
             return await engine.round_robin(generate, annotated=False, context=self._context)
@@ -162,8 +164,11 @@ class _Route:
         """Have another engine go on; raises the failure if that is not to be."""
         in_band = isinstance(failure, PipelineError)
         info = failure.info if isinstance(failure, PipelineError) else hop_error(failure, "engine")
-        died = not in_band or info.kind == "internal"
-        if not self._progress.lose(info, time.perf_counter(), died=died):
+        # Each engine is asked once; without a router there is no telling which one it was.
+        asked_in_vain = self._chosen is not None and self._sent_with == len(self._progress.tokens)
+        refused = asked_in_vain and is_refusal(failure)
+        died = not refused and (not in_band or info.kind == "internal")
+        if not self._progress.lose(info, time.perf_counter(), died=died, refused=refused):
             self.end(verdict(failure))
             raise failure
         self._failure = failure
