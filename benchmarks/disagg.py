@@ -6,16 +6,18 @@
 (earliest_start). (b) disaggregated: one computes every prompt, the other generates. (c)
 conditional: as (b), but prompts below the router's default threshold are computed where they are
 answered. The engines are real ones (llama.cpp, the default model), of one thread each, so that
-two of them have two cores. Long prompts with short answers arrive while short chats are answered;
-every mode gets the same requests at the same times (open loop), at a load at which no engine
-works less than 30% or more than 95% of the time. Each run begins with new engines, warmed up,
-with empty caches. A seed runs all modes before the next seed does, in an order that changes.
+two of them have two cores; with --simulated they take the time of large GPUs (see
+`disagg_engines`), and all around them is real. Long prompts arrive while short chats are answered;
+every mode gets the same requests at the same times (open loop), at a load at which some engine
+works for 30% of the time or more, and none works always while requests pile up. Each run begins
+with new engines, warmed up, with empty caches. A seed runs all modes before the next seed does,
+in an order that changes.
 
 The engines that decode have their best prefill chunk size, found by the same rule in (a) and (c):
 of the sizes tried (all are shown), the one with the lowest ITL p99 among those with at least 0.9
 times the best throughput and at most 2 times the best TTFT p95. The best is chosen on the runs
 that are reported, which flatters (a), with the most sizes, most. The engine of (b) and (c) that
-computes prompts has one of 128.
+computes prompts has a large one, as nobody waits for it.
 
 ITL is what the client sees: the time between two events with text, over all answers. An event
 with several tokens ends one gap, and its other tokens have none.
@@ -23,17 +25,19 @@ with several tokens ends one gap, and its other tokens have none.
 
 import argparse
 import asyncio
+import dataclasses
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disagg_pipeline import PREFILL_CHUNK, Mode, bench
+from benchmarks.disagg_engines import REAL, SIMULATED, Engines
+from benchmarks.disagg_pipeline import Mode, bench
 from benchmarks.disagg_plot import plot
 from benchmarks.disagg_records import CAUSES, PARTS, medians
 from benchmarks.disagg_run import Run, load_faults, run
-from benchmarks.disagg_workload import CHAT, LONG, arrivals
+from benchmarks.disagg_workload import arrivals
 from benchmarks.report import argument_parser, markdown_table, median, with_spread, write_result
 from chapter3.disaggregation import DEFAULT_MIN_TOKENS
 from common.model_files import DEFAULT_MODEL
@@ -41,20 +45,16 @@ from common.text import load_text_model
 
 AGGREGATED, DISAGGREGATED, CONDITIONAL = "aggregated", "disaggregated", "conditional"
 NAMES = (AGGREGATED, DISAGGREGATED, CONDITIONAL)
-CHUNKS = (4, 8, 16, 32, 64, 128, 256)
-QUICK_CHUNKS = (8, 64)
-CONDITIONAL_CHUNKS = (8, 32)
-QUICK_CONDITIONAL_CHUNKS = (8,)
-SECONDS, QUICK_SECONDS = 20.0, 10.0
+QUICK_SECONDS = 10.0
 MIN_THROUGHPUT = 0.9  # of the best one
 MAX_TTFT = 2.0  # of the best one
 BAR = 0.5  # ITL p99, of the aggregated engines'
 
 
-def modes(quick: bool) -> list[Mode]:
+def modes(engines: Engines, quick: bool) -> list[Mode]:
     """Everything that is run."""
-    aggregated = QUICK_CHUNKS if quick else CHUNKS
-    conditional = QUICK_CONDITIONAL_CHUNKS if quick else CONDITIONAL_CHUNKS
+    aggregated = engines.quick_chunks if quick else engines.chunks
+    conditional = engines.conditional_chunks[: 1 if quick else None]
     return [
         *(Mode(AGGREGATED, chunk) for chunk in aggregated),
         Mode(DISAGGREGATED, conditional[0], remote_tokens=0),
@@ -63,14 +63,14 @@ def modes(quick: bool) -> list[Mode]:
 
 
 async def measure(
-    seeds: list[int], seconds: float, load: float, todo: list[Mode]
+    engines: Engines, seeds: list[int], seconds: float, load: float, todo: list[Mode]
 ) -> dict[Mode, list[Run]]:
     """The runs of every mode, one a seed."""
     text = load_text_model(DEFAULT_MODEL)
     found: dict[Mode, list[Run]] = {mode: [] for mode in todo}
-    async with bench() as running:
+    async with bench(engines) as running:
         for seed in seeds:
-            requests = arrivals(text, seed, seconds, load)
+            requests = arrivals(text, seed, seconds, engines.shapes, load)
             for mode in random.Random(seed).sample(todo, len(todo)):
                 result = await run(running, mode, requests, text)
                 found[mode].append(result)
@@ -187,6 +187,10 @@ def details(chosen: list[dict[str, Any]]) -> str:
         "copied out and in, ms": lambda row: (
             f"{row['export_kv_s'] * 1e3:.0f}, {row['import_kv_s'] * 1e3:.0f}"
         ),
+        "a step, ms": lambda row: (
+            f"{row['step_ms']:.1f} + {row['step_decode_ms']:.1f} a decoding request "
+            f"+ {row['step_prompt_token_ms']:.2f} a prompt token"
+        ),
         "tokens an event": lambda row: f"{row['tokens_per_event']:.3f}",
         "longest 1% of gaps": lambda row: ", ".join(
             f"{cause} {share:.0%}" for cause, share in row["itl_p99_from"].items() if share
@@ -217,12 +221,15 @@ def _factor(text: str) -> float:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ITLs and TTFTs")
+    parser.add_argument("--simulated", action="store_true", help="engines like large GPUs")
     parser.add_argument("--load", type=_factor, default=1.0, metavar="FACTOR",
                         help="so many times as many requests (%(default)s)")  # fmt: skip
     args = parser.parse_args()
     seeds = [1] if args.quick else [1, 2, 3]
-    seconds = QUICK_SECONDS if args.quick else SECONDS
-    sweep = rows(asyncio.run(measure(seeds, seconds, args.load, modes(args.quick))))
+    engines = SIMULATED if args.simulated else REAL
+    seconds = QUICK_SECONDS if args.quick else engines.seconds
+    todo = modes(engines, args.quick)
+    sweep = rows(asyncio.run(measure(engines, seeds, seconds, args.load, todo)))
     chosen = [best(sweep, name) for name in NAMES]
     print(table(sweep, chosen))
     print()
@@ -237,15 +244,15 @@ def main() -> None:
     if args.plot is not None:
         plot(sweep, chosen, args.plot)
     document = {
-        "workload": {"long": vars(LONG), "chat": vars(CHAT), "seconds": seconds, "load": args.load},
-        "prefill_engine_chunk": PREFILL_CHUNK,
+        "engines": dataclasses.asdict(engines) | {"seconds": seconds},
+        "load": args.load,
         "remote_prefill_tokens": DEFAULT_MIN_TOKENS,
         "modes": chosen,
         "sweep": sweep,
         "ratios": compared,
         "faults": wrong,
     }
-    write_result(args.json, document, "measured", seeds)
+    write_result(args.json, document, engines.kind, seeds)
     if wrong:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Chapter 3's engine, which also writes down when it does what.
+"""Chapter 3's engine, real or simulated, which also writes down when it does what.
 
     DISAGG_RECORDS=FOLDER python -m benchmarks.disagg_engine --worker-id 0 --role prefill
 
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from chapter3.engine import parse_args, worker
+from common.engines import simulated
 from common.engines.base import RequestContext
 from common.engines.kv_handover import KvHandover
 from common.engines.llama_context import LlamaContext
 from common.engines.llamacpp import LlamaCppEngine
 from common.engines.scheduled_request import ScheduledRequest
 from common.engines.scheduler import Scheduler, Work
+from common.engines.simulated import SimulatedEngine
 from common.kv_transfer.borrower import Borrower
 from common.kv_transfer.pieces import KvPieces
 from common.protocol import GenerateRequest
@@ -33,7 +35,7 @@ now = time.perf_counter
 
 
 class Recorder:
-    """Wraps what an engine does. The step belongs to the engine's thread, the rest to the loop."""
+    """Wraps what an engine does. The step belongs to who computes it, the rest to the loop."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -43,23 +45,31 @@ class Recorder:
         # One system call a line, for both threads write.
         self._file.write(json.dumps({"kind": kind, **record}).encode() + b"\n")
 
-    @property
-    def wrappers(self) -> list[tuple[type, str, Callable[[Function], Function]]]:
-        """What is wrapped: classes, names of their methods, and by what."""
-        return [
-            (LlamaCppEngine, "generate", self._arrival),
-            (KvHandover, "receive", self._received),
-            (Borrower, "fetch", self._fetch),
+    def wrappers(self, backend: str) -> list[tuple[Any, str, Callable[[Function], Function]]]:
+        """What is wrapped: classes or modules, names of their functions, and by what."""
+        steps: list[tuple[Any, str, Callable[[Function], Function]]] = [
             (Scheduler, "drop_stopped", self._step_begins),
             (Scheduler, "plan", self._plan),
             (Scheduler, "add_output", self._token),
+        ]
+        if backend == "simulated":
+            return [
+                *steps,
+                (SimulatedEngine, "generate", self._arrival),
+                (simulated, "receive", self._received),
+            ]
+        return [
+            *steps,
+            (LlamaCppEngine, "generate", self._arrival),
+            (KvHandover, "receive", lambda receive: self._received(receive, of_method=True)),
+            (Borrower, "fetch", self._fetch),
             (Scheduler, "metrics", self._step_ends),
             (LlamaContext, "import_kv", self._seconds("import_kv_s")),
             (LlamaContext, "export_kv", self._seconds("export_kv_s")),
         ]
 
-    def install(self) -> None:
-        for owner, name, wrapper in self.wrappers:
+    def install(self, backend: str) -> None:
+        for owner, name, wrapper in self.wrappers(backend):
             setattr(owner, name, wrapper(getattr(owner, name)))
 
     def _arrival(self, generate: Function) -> Function:
@@ -75,9 +85,10 @@ class Recorder:
 
         return wrapped
 
-    def _received(self, receive: Function) -> Function:
-        async def wrapped(handover: Any, request: ScheduledRequest, *others: Any) -> None:
-            await receive(handover, request, *others)
+    def _received(self, receive: Function, *, of_method: bool = False) -> Function:
+        async def wrapped(*args: Any) -> None:
+            await receive(*args)
+            request: ScheduledRequest = args[1 if of_method else 0]
             self.write("received", id=_id(request.context), at=now())
 
         return wrapped
@@ -93,6 +104,7 @@ class Recorder:
 
     def _step_begins(self, drop_stopped: Function) -> Function:
         def wrapped(scheduler: Scheduler) -> Any:
+            self._end_step()  # a simulated engine does nothing between two of them
             self._step = {"begin": now(), "sampled": []}
             return drop_stopped(scheduler)
 
@@ -123,12 +135,15 @@ class Recorder:
 
     def _step_ends(self, metrics: Function) -> Function:
         def wrapped(scheduler: Scheduler) -> Any:
-            step, self._step = self._step, {}
-            if any(step.get(name) for name in ("decodes", "prefill", "imports")):
-                self.write("step", **step, end=now())
+            self._end_step()
             return metrics(scheduler)
 
         return wrapped
+
+    def _end_step(self) -> None:
+        step, self._step = self._step, {}
+        if any(step.get(name) for name in ("decodes", "prefill", "imports")):
+            self.write("step", **step, end=now())
 
     def _seconds(self, name: str) -> Callable[[Function], Function]:
         """What a step spends in a function."""
@@ -153,11 +168,11 @@ def _id(context: RequestContext) -> str:
 
 def main() -> None:
     args = parse_args()
-    if args.backend != "llamacpp":
-        raise SystemExit(f"--backend {args.backend} is not llamacpp")
+    if args.backend not in ("llamacpp", "simulated"):
+        raise SystemExit(f"--backend {args.backend} is neither llamacpp nor simulated")
     path = Path(os.environ[FOLDER]) / f"engine{args.worker_id}-{os.getpid()}.jsonl"
     with FileIO(path, "a") as file:
-        Recorder(file).install()
+        Recorder(file).install(args.backend)
         run(worker, args, f"engine-{args.worker_id}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.disagg_engine import FOLDER
+from benchmarks.disagg_engines import Engines
 from benchmarks.disagg_records import EngineRecords, read_records
 from benchmarks.report import GuardError
 from common.protocol import from_wire
@@ -28,7 +29,6 @@ CORES = 2
 NAMESPACE = "disagg"
 POLICY = "earliest_start"
 READY_S = 20.0
-PREFILL_CHUNK = 128  # of an engine that only computes prompts
 Agrees = Callable[[list[RoutedWorkerState]], bool]  # given those of all engines
 
 
@@ -48,21 +48,27 @@ class Mode:
     def roles(self) -> tuple[Role, Role]:
         return ("aggregated", "aggregated") if self.remote_tokens is None else ("prefill", "decode")
 
-    def engine_arguments(self, worker: int) -> list[str]:
+    def engine_arguments(self, worker: int, engines: Engines) -> list[str]:
         role = self.roles[worker]
-        chunk = PREFILL_CHUNK if role == "prefill" else self.chunk
-        settings = ("threads=1", "batch_threads=1", f"prefill_chunk={chunk}")
+        chunk = engines.prefill_chunk if role == "prefill" else self.chunk
+        settings = (*engines.settings, f"prefill_chunk={chunk}")
         words = [word for setting in settings for word in ("--engine-arg", setting)]
-        return ["--role", role, *words]
+        return ["--backend", engines.backend, "--role", role, *words]
 
 
 class Bench:
     """A running pipeline whose engines and router are started anew for every run."""
 
     def __init__(
-        self, chapter: Pipeline, port: int, folder: Path, clear: Client, state: Client
+        self,
+        chapter: Pipeline,
+        engines: Engines,
+        port: int,
+        folder: Path,
+        clear: Client,
+        state: Client,
     ) -> None:
-        self.chapter, self.port, self.folder = chapter, port, folder
+        self.chapter, self.engines, self.port, self.folder = chapter, engines, port, folder
         self._clear, self._state = clear, state
         self._router = list(chapter.commands["router"])
 
@@ -74,8 +80,8 @@ class Bench:
         for worker, name in enumerate(engines):
             self.chapter.commands[name] = [
                 *(sys.executable, "-m", "benchmarks.disagg_engine"),
-                *("--namespace", NAMESPACE, "--backend", "llamacpp", "--worker-id", str(worker)),
-                *mode.engine_arguments(worker),
+                *("--namespace", NAMESPACE, "--worker-id", str(worker)),
+                *mode.engine_arguments(worker, self.engines),
             ]
         remote = () if mode.remote_tokens is None else (
             "--remote-prefill-tokens", str(mode.remote_tokens)
@@ -122,7 +128,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench() -> AsyncIterator[Bench]:
+async def bench(engines: Engines) -> AsyncIterator[Bench]:
     """The pipeline without its engines and its router, which `Bench.use` starts; on two cores.
 
     Raises:
@@ -141,12 +147,13 @@ async def bench() -> AsyncIterator[Bench]:
         environment = server_environment(nats.url, etcd.url)
         os.environ.update(environment)
         port = free_port()
+        backend = engines.backend
         chapter = await stack.enter_async_context(
             pipeline(
                 children,
                 environment | {FOLDER: str(folder)},
                 "chapter3",
-                Options(NAMESPACE, engines=ENGINES, backend="llamacpp", policy=POLICY, port=port),
+                Options(NAMESPACE, engines=ENGINES, backend=backend, policy=POLICY, port=port),
                 start=["processor", "frontend"],
                 arguments={"router": ["--no-canaries"]},
             )
@@ -155,4 +162,4 @@ async def bench() -> AsyncIterator[Bench]:
         stack.callback(runtime.shutdown)
         clear = await runtime.endpoint(f"{NAMESPACE}.engine.clear_kv_blocks").client()
         state = await runtime.endpoint(f"{NAMESPACE}.router.state").client()
-        yield Bench(chapter, port, folder, clear, state)
+        yield Bench(chapter, engines, port, folder, clear, state)

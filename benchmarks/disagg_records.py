@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.report import median
 
+import numpy as np
+
 # Of a gap that long tokens of the engine's are behind each other, the rest is the pipeline's.
 RELAYED_SHARE = 0.6
 COMPARABLE = 5  # steps of a kind
@@ -46,6 +48,19 @@ def engine_gaps_ms(engine: EngineRecords) -> list[float]:
         for steps in engine.token_times().values()
         for before, after in pairwise(steps)
     ]
+
+
+def step_cost(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a step takes, in ms: in all cases, for each request that decodes, for each prompt token.
+
+    Least squares over all steps but those that take over KV. Where the first is large beside the
+    last, a prompt's tokens are cheaper in large chunks, which is what makes others wait.
+    """
+    some = [step for step in steps if not step["imports"]]
+    known = np.array([[1, step["decodes"], step["prefill"]] for step in some], dtype=float)
+    took = np.array([(step["end"] - step["begin"]) * 1e3 for step in some])
+    base, decode, prompt = np.linalg.lstsq(known, took, rcond=None)[0]
+    return {"step_ms": base, "step_decode_ms": decode, "step_prompt_token_ms": prompt}
 
 
 def slowdown(engine: EngineRecords, other: EngineRecords) -> float:
@@ -143,7 +158,7 @@ def cause(gap: Gap, events: int, engines: Sequence[EngineRecords], remote: set[s
     return "import" if any(step["imports"] for step in steps) else "decode"
 
 
-PARTS = ("export", "hop", "fetch", "schedule", "import", "wait", "decode", "back")
+PARTS = ("export", "hop", "fetch", "schedule", "step", "back")
 
 
 def handover(
@@ -153,8 +168,8 @@ def handover(
 
     export: the KV is copied out of llama.cpp. hop: the first token goes to the processor, and the
     request to the other engine. fetch: the KV comes from the one to the other. schedule: until
-    the step that takes it over begins. import: that step, in which others decode as well. wait:
-    until the next step. decode: that step, up to the second token. back: to the client.
+    the first step that takes it over begins. step: from there to the end of the one that computes
+    the second token; others have tokens in them as well. back: to the client.
     """
     first = prefill.token_times().get(request)
     steps = decode.token_times().get(request)
@@ -168,8 +183,6 @@ def handover(
         arrived["at"],
         received["at"],
         imports[0]["begin"],
-        imports[-1]["end"],
-        steps[0]["begin"],
         steps[0]["end"],
         second_token,
     ]

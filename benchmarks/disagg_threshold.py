@@ -19,7 +19,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.disagg_pipeline import PREFILL_CHUNK, Bench, Mode, bench
+from benchmarks.disagg_engines import REAL
+from benchmarks.disagg_pipeline import Bench, Mode, bench
 from benchmarks.disagg_run import warm_up
 from benchmarks.disagg_workload import completion, prompt_of
 from benchmarks.report import (
@@ -139,7 +140,7 @@ async def one_round(
 async def measure(seeds: list[int], chunk: int, lengths: tuple[int, ...]) -> Found:
     text = load_text_model(DEFAULT_MODEL)
     found: Found = {}
-    async with bench() as running:
+    async with bench(REAL) as running:
         for seed in seeds:
             for way in random.Random(seed).sample(WAYS, len(WAYS)):
                 part = await one_round(running, way, chunk, lengths, seed, text)
@@ -210,7 +211,7 @@ def main() -> None:
         "pays_from_tokens": pays,
         "default_tokens": DEFAULT_MIN_TOKENS,
         "prefill_chunk": args.chunk,
-        "prefill_engine_chunk": PREFILL_CHUNK,
+        "prefill_engine_chunk": REAL.prefill_chunk,
     }
     write_result(args.json, document, "measured", seeds)
 

@@ -20,10 +20,6 @@ class Shape:
     per_s: float
 
 
-LONG = Shape(prompt=(256, 512), output=(4, 12), per_s=0.2)
-CHAT = Shape(prompt=(16, 40), output=(64, 128), per_s=0.5)
-
-
 @dataclass(frozen=True)
 class Arrival:
     """A request that is sent `at_s` seconds after the beginning."""
@@ -35,7 +31,9 @@ class Arrival:
     output_tokens: int
 
 
-def arrivals(text: TextModel, seed: int, seconds: float, load: float = 1.0) -> list[Arrival]:
+def arrivals(
+    text: TextModel, seed: int, seconds: float, shapes: dict[Kind, Shape], load: float = 1.0
+) -> list[Arrival]:
     """The requests of one run in order; `load` multiplies how many there are.
 
     Poisson arrivals, given their number: any moment is as likely as any other. So all seeds have
@@ -43,7 +41,6 @@ def arrivals(text: TextModel, seed: int, seconds: float, load: float = 1.0) -> l
     """
     rng = random.Random(seed)
     found: list[Arrival] = []
-    shapes: dict[Kind, Shape] = {"long": LONG, "chat": CHAT}
     for kind, shape in shapes.items():
         count = max(round(shape.per_s * seconds * load), 1)
         for share in _spread(rng, count):

@@ -79,6 +79,7 @@ class SimulatedEngine:
             max_running=max_running,
             max_waiting=0 if no_queue else settings.max_waiting,
             prefill_chunk=settings.prefill_chunk,
+            import_blocks=self.info.total_blocks,  # has arrived where it belongs: no step's work
         )
         self._outputs: dict[ScheduledRequest, SimulatedOutput] = {}
         self._arrived = asyncio.Event()

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import disagg, disagg_run, disagg_threshold
 from benchmarks.disagg_engine import Recorder
+from benchmarks.disagg_engines import REAL, SIMULATED, Engines
 from benchmarks.disagg_pipeline import Mode
 from benchmarks.disagg_records import (
     CAUSES,
@@ -17,12 +18,16 @@ from benchmarks.disagg_records import (
     handover,
     read_records,
     slowdown,
+    step_cost,
 )
-from benchmarks.disagg_workload import CHAT, LONG, Arrival, Kind, arrivals
+from benchmarks.disagg_workload import Arrival, Kind, arrivals
 from benchmarks.sse_load import Answer
 from chapter3.disaggregation import DEFAULT_MIN_TOKENS
+from common.engines.simulated import SimulatedEngine, SimulatedSettings
 from common.model_files import DEFAULT_MODEL
+from common.protocol import GenerateRequest, SamplingParams
 from common.text import TextModel, load_text_model
+from tests.common.engines.engine_helpers import FakeContext, Result
 from tests.common.engines.handover_helpers import Peer, a_prompt, compute, decode_request
 
 import pytest
@@ -34,22 +39,24 @@ def text() -> TextModel:
 
 
 def test_a_seed_gives_the_same_requests_at_the_same_times(text: TextModel) -> None:
-    first, again, other = (arrivals(text, seed, 20.0) for seed in (1, 1, 2))
+    first, again, other = (arrivals(text, seed, 20.0, REAL.shapes) for seed in (1, 1, 2))
     assert first == again
     assert [a.at_s for a in first] != [a.at_s for a in other]
     assert [a.at_s for a in first] == sorted(a.at_s for a in first)
 
 
-def test_all_seeds_have_the_same_load(text: TextModel) -> None:
-    for kind, shape in (("long", LONG), ("chat", CHAT)):
-        some = [[a for a in arrivals(text, s, 20.0) if a.kind == kind] for s in (1, 2)]
+@pytest.mark.parametrize("engines", [REAL, SIMULATED])
+def test_all_seeds_have_the_same_load(text: TextModel, engines: Engines) -> None:
+    runs = [arrivals(text, seed, 20.0, engines.shapes) for seed in (1, 2)]
+    for kind, shape in engines.shapes.items():
+        some = [[a for a in run if a.kind == kind] for run in runs]
         assert [len(of_seed) for of_seed in some] == [round(20 * shape.per_s)] * 2
         totals = [sum(a.prompt_tokens for a in of_seed) for of_seed in some]
         assert totals[0] == totals[1]
 
 
 def test_only_long_prompts_are_above_the_threshold_and_none_are_alike(text: TextModel) -> None:
-    found = arrivals(text, 1, 60.0)
+    found = arrivals(text, 1, 60.0, REAL.shapes)
     assert {a.prompt_tokens >= DEFAULT_MIN_TOKENS for a in found if a.kind == "long"} == {True}
     assert {a.prompt_tokens >= DEFAULT_MIN_TOKENS for a in found if a.kind == "chat"} == {False}
     assert all(len(a.body["prompt"]) == a.prompt_tokens for a in found)
@@ -108,16 +115,26 @@ def test_steps_are_compared_with_steps_of_as_many_requests() -> None:
     assert slowdown(EngineRecords(steps[:7]), other) == 0.0
 
 
+def test_the_cost_of_a_step_is_told_from_what_it_computes() -> None:
+    found = [
+        step(0.0, (2 + 3 * decodes + 0.5 * prompt) / 1e3, prefill=prompt, decodes=decodes)
+        for decodes, prompt in ((1, 0), (4, 0), (0, 64), (3, 8), (2, 16))
+    ]
+    assert step_cost([*found, step(0.0, 9.0, "r", imports=1)]) == pytest.approx(
+        {"step_ms": 2.0, "step_decode_ms": 3.0, "step_prompt_token_ms": 0.5}
+    )
+
+
 def test_a_handover_is_taken_apart_without_remainder() -> None:
     prefill = EngineRecords([step(0.0, 1.1, "r", sampled_at=1.0)])
     decode = EngineRecords(
-        [step(1.5, 1.6, imported=["r"], imports=3), step(1.7, 1.9, "r")],
+        [step(1.5, 1.9, "r", imported=["r"], imports=3), step(1.9, 2.5, "r")],
         {"r": {"at": 1.2}},
         {"r": {"at": 1.4}},
     )
     parts = handover("r", prefill, decode, 2.0)
     assert parts is not None
-    assert parts == pytest.approx(dict.fromkeys(PARTS, 100.0) | {"fetch": 200.0, "decode": 200.0})
+    assert parts == pytest.approx(dict.fromkeys(PARTS, 100.0) | {"fetch": 200.0, "step": 400.0})
     assert handover("other", prefill, decode, 2.0) is None
 
 
@@ -125,6 +142,7 @@ def row(name: str = disagg.AGGREGATED, **figures: float) -> dict[str, Any]:
     known = {"itl_p99_ms": 100.0, "throughput_tokens_per_s": 50.0, "ttft_p95_ms": 1000.0}
     known |= {"chat_itl_p99_ms": 90.0, "busy_s": 20.0, "cores_others": 0.0}
     known |= {"busy_engine0": 0.6, "busy_engine1": 0.5}
+    known |= {"in_flight_first_half": 5.0, "in_flight_second_half": 6.0}
     return {"name": name, "faults": [], "tokens": [7], **known, **figures}
 
 
@@ -157,7 +175,7 @@ def test_ratios_are_to_the_aggregated_engines_and_tell_whether_the_bar_is_met() 
     [
         ({"faults": ["2 transfers failed"]}, "2 transfers failed"),
         ({"tokens": [8]}, "different numbers of tokens"),
-        ({"busy_engine1": 0.96}, "too much load"),
+        ({"busy_engine1": 0.96, "in_flight_second_half": 7.6}, "too much load"),
         ({"busy_engine0": 0.1, "busy_engine1": 0.2}, "too little"),
         ({"cores_others": 0.5}, "not a quiet machine"),
     ],
@@ -165,6 +183,10 @@ def test_ratios_are_to_the_aggregated_engines_and_tell_whether_the_bar_is_met() 
 def test_what_cannot_be_compared_has_a_fault(wrong: dict[str, Any], message: str) -> None:
     (fault,) = disagg.faults([row(), row(disagg.DISAGGREGATED, **wrong)])
     assert message in fault
+
+
+def test_an_engine_that_always_generates_has_not_too_much_to_do() -> None:
+    assert disagg.faults([row(busy_engine1=1.0, in_flight_second_half=7.4)]) == []
 
 
 @pytest.mark.parametrize(
@@ -211,7 +233,7 @@ async def test_a_real_engine_s_steps_and_transfers_are_written_down(
     prompt, sampling = a_prompt(1, 40), {"temperature": 0.0, "ignore_eos": True, "max_tokens": 4}
     with FileIO(path, "a") as file:
         recorder = Recorder(file)
-        for owner, name, wrapper in recorder.wrappers:
+        for owner, name, wrapper in recorder.wrappers("llamacpp"):
             monkeypatch.setattr(owner, name, wrapper(getattr(owner, name)))
         async with Peer.start() as peer:
             first = await compute(peer, prompt, **sampling)
@@ -229,3 +251,30 @@ async def test_a_real_engine_s_steps_and_transfers_are_written_down(
     assert (list(found.arrived), list(found.received)) == (["test"], ["test"])
     assert found.busy_s(0.0, float("inf")) > 0
     assert read_records(path, 0.0, 1.0) == EngineRecords()
+
+
+async def test_a_simulated_engine_s_steps_are_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "records"
+    prompt, sampling = a_prompt(1, 40), SamplingParams(ignore_eos=True, max_tokens=4)
+    with FileIO(path, "a") as file:
+        for owner, name, wrapper in Recorder(file).wrappers("simulated"):
+            monkeypatch.setattr(owner, name, wrapper(getattr(owner, name)))
+        settings = SimulatedSettings(decode_base_ms=20, prefill_tokens_per_s=1000)
+        engine = await SimulatedEngine.start(settings)
+        try:
+            asked = GenerateRequest(prompt, sampling, prefill_only=True)
+            first = Result([item async for item in engine.generate(asked, FakeContext())])
+            await engine.clear_cache()
+            tokens = [*prompt, *first.token_ids]
+            rest = GenerateRequest(tokens, sampling, 1, kv=first.items[-1].kv)
+            assert [item async for item in engine.generate(rest, FakeContext())]
+        finally:
+            await engine.close()
+    found = read_records(path, 0.0, float("inf"))
+    assert sum(s["prefill"] for s in found.steps) == len(prompt)
+    assert sum(len(s["sampled"]) for s in found.steps) == sampling.max_tokens
+    assert sum(s["imports"] for s in found.steps) == 3  # blocks of 16, the last one in part
+    assert min(s["end"] - s["begin"] for s in found.steps) >= 0.02
+    assert found.received
