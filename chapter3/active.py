@@ -141,4 +141,4 @@ class ActiveRequests:
             lambda item: now - item[1].since > EXPIRE_S, self.requests.items()
         )
         for request_id, _ in list(old):
-            self.finish(request_id)
+            self.finish(request_id, now)

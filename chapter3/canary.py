@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
+from chapter3.disaggregation import stands_alone
 from chapter3.engine_record import Figures
 from chapter3.outliers import SLOW_RATIO
 from chapter3.selector import Selector
@@ -104,11 +105,18 @@ class Canaries:
 def figures(workers: dict[int, Worker], now: float) -> dict[int, Figures]:
     """What the engines' own metrics say, for `health`."""
     known = {}
+    computing = {
+        worker.source.info.model
+        for worker in workers.values()
+        if worker.synced and worker.source.role != "prefill" and stands_alone(worker.source)
+    }
     for instance, worker in workers.items():
         info, metrics = worker.source.info, worker.metrics
         known[instance] = Figures(
             info.worker_id,
             f"{info.model} {worker.source.role}",
+            spare=worker.source.role == "prefill" and info.model in computing,
+            canaries=stands_alone(worker.source),
             silent=worker.synced and worker.is_silent(now),
             serves=worker.synced,
             busy=metrics is None or metrics.running + metrics.waiting > 0,

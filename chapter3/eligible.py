@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
+from chapter3.disaggregation import stands_alone
 from chapter3.health import FleetHealth
 from chapter3.workers import Worker
 from common.protocol import PipelineError
@@ -26,7 +27,9 @@ def decode_engines(
         if worker.synced and worker.source.info.model == model and worker.instance not in excluded
     ]
     # Engines that are there to compute prompts for others do all of it if they are alone.
-    known = [worker for worker in known if worker.source.role != "prefill"] or known
+    known = [worker for worker in known if worker.source.role != "prefill"] or [
+        worker for worker in known if stands_alone(worker.source)
+    ]
     if not known:
         states = ", ".join(
             f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "

@@ -30,13 +30,16 @@ class Figures:
 
     `done` goes up whenever it gets on with its requests; `busy`: it has some. It can `serve`
     unless it failed a moment ago, or has only just come. Engines of one `kind`, the same model
-    and the same role, are compared with each other.
+    and the same role, are compared with each other; of a `spare` kind all may be out, since
+    others do their work as well. Without `canaries` it refuses what is no client's request.
     """
 
     worker_id: int
     kind: str
     silent: bool = False
     serves: bool = True
+    spare: bool = False
+    canaries: bool = True
     busy: bool = True
     waiting: int = 0
     done: int = 0
@@ -86,6 +89,14 @@ class EngineRecord:
     @property
     def serves(self) -> bool:
         return self.figures is not None and self.figures.serves
+
+    @property
+    def is_spare(self) -> bool:
+        return self.figures is not None and self.figures.spare
+
+    @property
+    def takes_canaries(self) -> bool:
+        return self.figures is not None and self.figures.canaries
 
     @property
     def real_requests(self) -> int:
@@ -190,7 +201,9 @@ class EngineRecord:
         return there and now >= self.until
 
     def canary_due(self, now: float) -> bool:
-        if not self.may_probe(now) or any(sent.canary for sent in self.sent.values()):
+        if not (self.may_probe(now) and self.takes_canaries):
+            return False
+        if any(sent.canary for sent in self.sent.values()):
             return False
         unused = now - self.used
         if self.state != "healthy":

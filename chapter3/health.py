@@ -21,7 +21,7 @@ from common.protocol_routing import HealthState
 from common.telemetry import log
 
 # Of the engines that could serve a model, at most this share is quarantined; those stay whose
-# reasons weigh least. Half a fleet that is slow is better than the other half alone.
+# reasons weigh least: half a fleet that is slow is better than the other half alone.
 MAX_QUARANTINED_SHARE = 0.5
 PROBES = 2
 # Who was not looking for so long (this process was stopped, say) knows nothing for a moment.
@@ -144,7 +144,7 @@ class FleetHealth:
                     engine.why = ""
             elif reason:
                 engine.why, engine.badness = reason, badness
-            elif not self.canaries and engine.may_probe(now):
+            elif not (self.canaries and engine.takes_canaries) and engine.may_probe(now):
                 self._probe(engine, now)
         self._keep_enough(now)
 
@@ -235,9 +235,9 @@ class FleetHealth:
     def _out(self, kind: str) -> tuple[list[EngineRecord], int]:
         """Those that are not healthy, the least bad first, and how many these may be."""
         serving = [e for e in self.engines.values() if e.serves and e.kind == kind]
-        out = [engine for engine in serving if engine.state != "healthy"]
-        room = int(len(serving) * MAX_QUARANTINED_SHARE)
-        return sorted(out, key=lambda engine: engine.badness), room
+        out = sorted((e for e in serving if e.state != "healthy"), key=lambda e: e.badness)
+        spare = all(e.is_spare for e in serving)
+        return out, len(serving) if spare else int(len(serving) * MAX_QUARANTINED_SHARE)
 
     def _keep_enough(self, now: float) -> None:
         for kind in {engine.kind for engine in self.engines.values()}:

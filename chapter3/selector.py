@@ -73,8 +73,7 @@ class Selector:
         """`select` for a prompt of which only the hashes are known, by block size."""
         workers = self.eligible(model, excluded, now)
         decision, names = self._decide(workers, request, block_hashes, now)
-        if self.workers[decision.worker.instance_id].source.role == "decode":
-            self._decide_prefill(decision, request_id, block_hashes, model, excluded)
+        self._decide_prefill(decision, request_id, block_hashes, model, excluded)
         self._route(request_id, decision, names)
         return decision
 
@@ -88,11 +87,12 @@ class Selector:
     ) -> None:
         """Have another engine compute the prompt, if there is one and it pays."""
         request, now = decision.snapshot.request, decision.snapshot.now
+        decode = self.workers[decision.worker.instance_id].source
         engines = prefill_engines(self.workers.values(), self.health, model, excluded, now)
-        if not engines:
+        if decode.role != "decode" or not engines:
             return
         prefill, names = self._decide(engines, request, block_hashes, now)
-        if self.prefill_rule.pays(decision.worker, prefill.worker):
+        if self.prefill_rule.applies(decode, decision.worker, prefill.worker):
             decision.prefill, decision.prefill_id = prefill, prefill_id(request_id)
             decision.reason += f"; the prompt is computed by worker {prefill.worker.worker_id}"
             self._route(decision.prefill_id, prefill, names)
@@ -115,11 +115,18 @@ class Selector:
     def views(
         self, wanted: RouteRequest, now: float, excluded: Collection[int] = ()
     ) -> tuple[WorkerView, ...]:
-        """What a policy would see of the engines that may have the request; raises as `select`."""
+        """What a policy would see of those that may compute the prompt; raises as `select`."""
         workers = self.eligible(wanted.model, excluded, now)
+        every = self.workers.values()
+        prefill = prefill_engines(every, self.health, wanted.model, excluded, now)
         hashes = partial(compute_block_hash_for_seq, wanted.token_ids)
-        _, names, cached = known_blocks(self.index, workers, hashes)
-        return self._worker_views(workers, names, cached, len(wanted.token_ids), now)
+        _, names, cached = known_blocks(self.index, [*workers, *prefill], hashes)
+        tokens = len(wanted.token_ids)
+        views = self._worker_views(workers, names, cached, tokens, now)
+        known = [(worker.source, view) for worker, view in zip(workers, views, strict=True)]
+        return self.prefill_rule.computing(
+            known, self._worker_views(prefill, names, cached, tokens, now)
+        )
 
     def report(self, known: RequestReport, now: float) -> None:
         """What became of a routed request."""

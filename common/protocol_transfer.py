@@ -7,6 +7,9 @@ import msgspec
 Role = Literal["aggregated", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("aggregated", "prefill", "decode")
 
+# Received KV waits in memory until its request runs; so many prompts' at most.
+MAX_RECEIVED = 16
+
 
 class KvDescriptor(msgspec.Struct, omit_defaults=True):
     """The KV of a prompt's first `tokens` tokens, for engines of the same `model` to fetch.

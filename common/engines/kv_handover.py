@@ -11,14 +11,14 @@ from common.kv_transfer.errors import KvTransferError
 from common.kv_transfer.pieces import KvPieces
 from common.kv_transfer.start import KvTransfer
 from common.protocol import GenerateRequest, PipelineError
-from common.protocol_transfer import KvDescriptor
+from common.protocol_transfer import MAX_RECEIVED, KvDescriptor
 from common.waiting import first_of
+
+__all__ = ["MAX_RECEIVED", "NOT_LENT", "KvHandover"]
 
 _log = logging.getLogger(__name__)
 
 NOT_LENT = "none"  # the kind of a descriptor that leaves everything to be computed again
-# Received KV waits in memory until its request runs; so many prompts' at most.
-MAX_RECEIVED = 16
 RELEASE_S = 0.5  # nobody's answer waits longer for a courtesy
 
 
