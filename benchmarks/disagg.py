@@ -224,9 +224,13 @@ def main() -> None:
     parser.add_argument("--simulated", action="store_true", help="engines like large GPUs")
     parser.add_argument("--load", type=_factor, default=1.0, metavar="FACTOR",
                         help="so many times as many requests (%(default)s)")  # fmt: skip
+    parser.add_argument("--chats", type=_factor, default=1.0, metavar="FACTOR",
+                        help="so many times as many of them are chats (%(default)s)")  # fmt: skip
     args = parser.parse_args()
     seeds = [1] if args.quick else [1, 2, 3]
     engines = SIMULATED if args.simulated else REAL
+    chat = dataclasses.replace(engines.chat, per_s=engines.chat.per_s * args.chats)
+    engines = dataclasses.replace(engines, chat=chat)
     seconds = QUICK_SECONDS if args.quick else engines.seconds
     todo = modes(engines, args.quick)
     sweep = rows(asyncio.run(measure(engines, seeds, seconds, args.load, todo)))
