@@ -8,7 +8,10 @@ prompts for engines with `--role decode`, which fetch the KV cache from it.
 """
 
 import argparse
+import asyncio
+import contextlib
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -18,7 +21,7 @@ from common.engines.base import Engine
 from common.engines.start import add_engine_arguments, parse_engine_arguments, start_engine
 from common.kv_arguments import add_kv_arguments, kv_host
 from common.kv_publisher import publishing
-from common.kv_transfer.start import add_kv_transfer_arguments, kv_transfer
+from common.kv_transfer.start import KvTransfer, add_kv_transfer_arguments, kv_transfer
 from common.protocol import (
     EngineOutput,
     GenerateRequest,
@@ -44,13 +47,17 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             engine = await start_engine(args, transfer)
         except (OSError, ValueError) as error:
             raise ComponentError(str(error)) from error
-        await serve(runtime, args, life, engine)
+        await serve(runtime, args, life, engine, transfer)
 
 
 async def serve(
-    runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle, engine: Engine
+    runtime: DistributedRuntime,
+    args: argparse.Namespace,
+    life: Lifecycle,
+    engine: Engine,
+    transfer: KvTransfer | None = None,
 ) -> None:
-    """Serve the engine until it is to stop, and close it."""
+    """Serve the engine until it is to stop, and close it; what it has lent is fetched first."""
     info = engine.info
     size = f"context {info.context_length} tokens, {info.total_blocks} blocks of {info.block_size}"
     log.info("%s on %s: %s", info.model, info.backend, size)
@@ -92,6 +99,12 @@ async def serve(
         await engine.clear_cache()
         yield to_wire(engine.metrics())
 
+    drain_until = 0.0
+
+    async def draining() -> None:
+        nonlocal drain_until
+        drain_until = time.monotonic() + life.drain_timeout_s
+
     host = args.kv_host or kv_host()
     async with publishing(
         engine, host, args.kv_events_port, args.metrics_port, args.tag
@@ -108,9 +121,22 @@ async def serve(
                     f"{args.namespace}.engine.clear_kv_blocks": clear_kv_blocks,
                 },
                 failed=engine.failed,
+                draining=draining,
             )
+            if transfer is not None:
+                await _finish_lending(transfer, drain_until - time.monotonic())
         finally:
             await engine.close()
+
+
+async def _finish_lending(transfer: KvTransfer, limit_s: float) -> None:
+    """Those who are to decode would have to compute again what is not there any more."""
+    lent_bytes = transfer.lender.lent_bytes
+    if lent_bytes and limit_s > 0:
+        log.info("draining: %d bytes of KV are still to be fetched", lent_bytes)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await transfer.lender.nothing_lent()
 
 
 def parse_args() -> argparse.Namespace:

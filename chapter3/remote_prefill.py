@@ -30,7 +30,7 @@ class RemotePrefill:
     ) -> EngineOutput:
         """What the prefill engine sends: the first token, if it makes it, and where the KV is.
 
-        With a finish reason the answer is over already.
+        With a finish reason the answer is over already. `silence` is for this stream alone.
 
         Raises:
             Exception: it failed, or did not answer in time; see `protocol.hop_error`.
@@ -50,9 +50,8 @@ class RemotePrefill:
                 raise PipelineError("unavailable", message) from None
             raise
         finally:
-            silence.expect(None)
             # A stream that is not read to its end looks like a broken engine; one backend keeps
-            # it open until the KV has been fetched, or until the client has left.
+            # it open until the KV has been fetched, the client has left, or the engine is silent.
             reading = asyncio.ensure_future(_read_on(items))
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)

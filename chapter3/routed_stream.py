@@ -98,8 +98,8 @@ class _Route:
         self.attempt: Attempt | None = None
         self._decoding: Attempt | None = None  # that begins when another engine is done
         hangs = partial(is_silent, hops.router_state)
-        self.silence = Silence(hops.engine.instance_ids, hangs)
-        self._prefill_silence = Silence(hops.engine.instance_ids, hangs)
+        self._new_silence = partial(Silence, hops.engine.instance_ids, hangs)
+        self.silence = self._new_silence()
         self._hops = hops
         self._request = request
         self._progress = progress
@@ -137,7 +137,7 @@ class _Route:
         computed: EngineOutput | None = None
         try:
             computed = await self._hops.prefill.compute(
-                self._progress.request(), prefill.instance_id, self._prefill_silence, self._context
+                self._progress.request(), prefill.instance_id, self._new_silence(), self._context
             )
             attempt.tokens(len(computed.token_ids) or 1)  # some leave the first to the other engine
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Where an engine publishes its KV events and its load."""
+"""Where an engine publishes its KV events and its load, and lends KV."""
 
 import argparse
 import os
@@ -16,8 +16,8 @@ def add_kv_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-host",
         metavar="ADDRESS",
         default=env("KV_HOST"),
-        help="publish KV events and metrics on this address of this machine (env KV_HOST; "
-        "default: the one that reaches NATS)",
+        help="publish KV events and metrics, and lend KV, on this address of this machine (env "
+        "KV_HOST; default: the one that reaches NATS)",
     )
     for name, first in (("kv-events", 5557), ("metrics", 5657)):
         variable = f"{name.upper().replace('-', '_')}_PORT"

@@ -82,7 +82,7 @@ def tokenizer_folder(model: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"there is no file or folder {model!r}, and no model of that name could be had from "
-            f"Hugging Face: {str(error).splitlines()[0]}"
+            f"Hugging Face: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
 
 

@@ -77,6 +77,8 @@ class Lender:
         self._process = secrets.token_bytes(16)
         self._address = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._loans: dict[bytes, _Loan] = {}
+        self._nothing_lent = asyncio.Event()
+        self._nothing_lent.set()
         self._serving = asyncio.create_task(self._serve())
         self._serving.add_done_callback(_report)
 
@@ -101,6 +103,7 @@ class Lender:
             loan.uses += 1
             stored.copied.add_done_callback(lambda _: self._drop(loan))
         self.lent_bytes += pieces.size
+        self._nothing_lent.clear()
         self.counters.lent += 1
         place = Place(
             self._address, self._process, transfer, pieces.first, pieces.piece_bytes, pieces.size
@@ -110,6 +113,10 @@ class Lender:
     def withdraw(self, descriptor: KvDescriptor) -> None:
         """Take back what nobody will fetch; no harm if it has been already."""
         self._end(descriptor.data["transfer"])
+
+    async def nothing_lent(self) -> None:
+        """Wait until all has been fetched or has expired."""
+        await self._nothing_lent.wait()
 
     async def close(self) -> None:
         """Take everything back; what is being fetched fails."""
@@ -184,6 +191,8 @@ class Lender:
         loan.uses -= 1
         if not loan.uses:
             self.lent_bytes -= loan.pieces.size
+            if not self.lent_bytes:
+                self._nothing_lent.set()
             if self._memory is not None and loan.stored is not None:
                 self._memory.free(loan.stored)
 
