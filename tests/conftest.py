@@ -1,14 +1,16 @@
 """Servers and pipelines for the tests: real processes on free ports, gone after each test."""
 
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 from launch import child
 from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
-from launch.ports import free_port
+from launch.ports import FREE_PORTS, free_port
 from launch.servers import etcd_server, nats_server, server_environment
 
 import pytest
@@ -19,6 +21,17 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 child.LOG_LINES = 100_000  # tests look for lines, which must not scroll off while they do
+
+# Files that take half a minute and more, the longest first: they begin before the others, so that
+# in the end no worker of pytest-xdist has to wait for another one.
+LONG_FILES = (
+    "test_readme.py",
+    "chapter2/test_failures.py",
+    "chapter1/test_failures.py",
+    "test_setup.py",
+    "test_launch.py",
+    "chapter3/test_migration_in_use.py",
+)
 
 StartPipeline = Callable[..., AbstractAsyncContextManager[Pipeline]]
 
@@ -41,6 +54,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def ports_of_worker(number: int, workers: int) -> range:
+    """Workers of pytest-xdist, and what they start, do not give each other's ports to servers."""
+    share = len(FREE_PORTS) // workers
+    return FREE_PORTS[number % workers * share :][:share]
+
+
+def pytest_configure() -> None:
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        ports = ports_of_worker(int(worker.removeprefix("gw")), workers)
+        os.environ["FREE_PORTS"] = f"{ports[0]}-{ports[-1]}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Of `-n auto`: two, none for a single file; PYTEST_XDIST_AUTO_NUM_WORKERS says otherwise."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
@@ -55,7 +96,7 @@ def pytest_runtest_makereport(
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def servers() -> AsyncIterator[dict[str, str]]:
-    """NATS and etcd, one of each for the whole run: the environment that names them."""
+    """NATS and etcd, one of each for the worker: the environment that names them."""
     with Children() as children:
         async with nats_server(children) as nats, etcd_server(children) as etcd:
             yield server_environment(nats.url, etcd.url)
