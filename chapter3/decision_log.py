@@ -9,6 +9,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from chapter3.decision import Decision
+from chapter3.disaggregation import decode_id, is_prefill_id
 from common.protocol_routing import RequestReport
 from common.protocol_watch import RequestState
 
@@ -33,11 +34,15 @@ class Logged:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request; `changes` counts the reports about it."""
+    """What became of a request; `changes` counts the reports about it.
+
+    `prefill_ms` is how long another engine took to compute its prompt.
+    """
 
     number: int
     state: RequestState = "sent"
     first_token_ms: float | None = None
+    prefill_ms: float = 0.0
     output_tokens: int = 0
     ms_per_token: float = 0.0
     changes: int = 0
@@ -51,7 +56,7 @@ class Outcome:
 class DecisionLog:
     """Remembers the last decisions that it kept, and how their requests go.
 
-    `decided` and `chosen` count all decisions.
+    `decided` counts all decisions, `chosen` those for an engine, also to compute a prompt only.
     """
 
     decided: int = 0
@@ -71,8 +76,9 @@ class DecisionLog:
     ) -> None:
         """A decision was made; one without a request id will never be reported about."""
         self.decided += 1
-        instance = decision.worker.instance_id
-        self.chosen[instance] += 1
+        self.chosen[decision.worker.instance_id] += 1
+        if decision.prefill is not None:
+            self.chosen[decision.prefill.worker.instance_id] += 1
         now = decision.snapshot.now
         self._credit += (now - self._credited) * KEPT_PER_S
         self._credit = min(self._credit, KEPT_AT_ONCE)
@@ -91,13 +97,17 @@ class DecisionLog:
 
     def report(self, report: RequestReport) -> None:
         """What a processor says of a request; of those that are not known it is ignored."""
-        outcome = self._open.get(report.request_id)
+        outcome = self._open.get(decode_id(report.request_id))
         if outcome is None:
+            return
+        if is_prefill_id(report.request_id):
+            if report.kind == "first_token":
+                outcome.prefill_ms = report.ms
             return
         outcome.changes += 1
         if report.kind == "first_token":
             outcome.state = "answering"
-            outcome.first_token_ms = report.ms
+            outcome.first_token_ms = outcome.prefill_ms + report.ms
             return
         outcome.state = report.kind
         outcome.output_tokens = report.output_tokens

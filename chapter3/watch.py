@@ -127,6 +127,7 @@ class Watched:
             worker_id=view.worker_id,
             state=view.health if state == "ready" and view.health != "healthy" else state,
             chosen=self.log.chosen[worker.instance],
+            role=worker.source.role,
             tags=sorted(view.tags),
             running=view.running,
             waiting=view.waiting,
@@ -189,6 +190,7 @@ def watched_decision(logged: Logged) -> WatchedDecision:
     snapshot, scores, shadow = decision.snapshot, decision.scores, decision.shadow
     others = [score.total for at, score in enumerate(scores) if at != decision.chosen]
     theirs = None if shadow is None else best(shadow, snapshot)
+    prefill = None if decision.prefill is None else decision.prefill.worker
     return WatchedDecision(
         number=logged.number,
         request_id=logged.request_id[:MAX_NAME],
@@ -224,4 +226,6 @@ def watched_decision(logged: Logged) -> WatchedDecision:
             if shadow is None or theirs is None
             else shadow[theirs].total - shadow[decision.chosen].total
         ),
+        prefill=None if prefill is None else prefill.worker_id,
+        prefill_overlap=0 if prefill is None else prefill.overlap_blocks,
     )

@@ -11,6 +11,7 @@ from typing import Literal
 
 from common.protocol import ErrorInfo
 from common.protocol_routing import PolicyState
+from common.protocol_transfer import Role
 
 import msgspec
 
@@ -21,13 +22,14 @@ class WatchedWorker(msgspec.Struct, omit_defaults=True):
     """An engine as the next decision would see it; see `WorkerView`.
 
     `state` is that of `WorkerState`, or what is known of its health. `chosen` counts the
-    decisions for it.
+    decisions for it, also those to compute a prompt for another engine.
     """
 
     instance: str
     worker_id: int
     state: str
     chosen: int = 0
+    role: Role = "aggregated"
     tags: list[str] = []
     running: int = 0
     waiting: int = 0
@@ -89,7 +91,8 @@ class WatchedDecision(msgspec.Struct, omit_defaults=True):
     """One decision. `chosen` and `shadow_chosen` are positions in `candidates`.
 
     `margin` is how far the winner's score is above the second best one, `shadow_regret` how far
-    the shadow policy's choice is above the winner, in the shadow's score.
+    the shadow policy's choice is above the winner, in the shadow's score. With `prefill`, which
+    has `prefill_overlap` blocks of it cached, another engine computes the prompt.
     """
 
     number: int
@@ -109,10 +112,16 @@ class WatchedDecision(msgspec.Struct, omit_defaults=True):
     shadow_policy: str = ""
     shadow_chosen: int | None = None
     shadow_regret: float = 0.0
+    prefill: int | None = None
+    prefill_overlap: int = 0
 
 
 class WatchedOutcome(msgspec.Struct, omit_defaults=True):
-    """What has become of the request of decision `number`; `ms_per_token` is the mean ITL."""
+    """What has become of the request of decision `number`; `ms_per_token` is the mean ITL.
+
+    `first_token_ms` is until the first token of the engine that was chosen; if another one
+    computed the prompt, the time that it took is in it.
+    """
 
     number: int
     state: RequestState = "sent"
