@@ -105,8 +105,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         try:
             if request.get("wait"):
-                stopped = context.async_killed_or_stopped()
-                await first_of(engine_info.wait_for_instances(), stopped, life.stop.wait())
+                for client in (engine, engine_info):  # each endpoint has a watch of its own
+                    stopped = context.async_killed_or_stopped()
+                    await first_of(client.wait_for_instances(), stopped, life.stop.wait())
             reply = InfoOutput(engine=await checked_engine(context))
         except PipelineError as error:
             reply = InfoOutput(error=error.info)
