@@ -7,7 +7,7 @@ from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import free_port
-from tests.chapter1.helpers import engine_settings, http_client
+from tests.chapter1.helpers import engine_settings, http_client, nothing_in_flight
 
 import httpx
 import pytest_asyncio
@@ -41,6 +41,7 @@ async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
 
 @pytest_asyncio.fixture
 async def api(shared_pipeline: Pipeline) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the shared pipeline."""
+    """A client of the shared pipeline, in which the requests of earlier tests have ended."""
     async with http_client(shared_pipeline.url) as client:
+        await nothing_in_flight(client)
         yield client

@@ -126,6 +126,14 @@ def lines_about(child: Child, text: str) -> list[str]:
     return [line for line in list(child.log) if text in line]
 
 
+async def logged(child: Child, text: str, times: int = 1) -> None:
+    """Wait until the component has logged so many lines with `text`.
+
+    Its lines come to the test on their own way, later perhaps than an answer that it gave after.
+    """
+    await eventually(lambda: len(lines_about(child, text)) == times)
+
+
 def engine_ended(child: Child, request_id: str) -> tuple[str, int] | None:
     """How the engine's work for a request ended, and after how many tokens; None if it has not."""
     for line in lines_about(child, request_id):
@@ -139,6 +147,15 @@ async def is_healthy(client: httpx.AsyncClient) -> bool:
         return (await client.get("/health")).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+async def nothing_in_flight(client: httpx.AsyncClient) -> None:
+    """Wait until the frontend has counted the end of all its requests."""
+
+    async def is_idle() -> bool:
+        return "dynamo_frontend_inflight_requests 0.0" in (await client.get("/metrics")).text
+
+    await eventually(is_idle)
 
 
 class Load:
@@ -182,6 +199,15 @@ async def load(client: httpx.AsyncClient, clients: int = 4) -> AsyncIterator[Loa
             yield running
         finally:
             running.stopping = True
+
+
+async def end_lease(running: Pipeline, instance: int) -> None:
+    """Have etcd forget a dead instance now, as it does when the lease of that name has ended."""
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+        answer = await client.post(
+            f"{running.environment['ETCD_ENDPOINTS']}/v3/lease/revoke", json={"ID": str(instance)}
+        )
+        answer.raise_for_status()
 
 
 async def registered(running: Pipeline) -> list[str]:

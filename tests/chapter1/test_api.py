@@ -4,13 +4,22 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
 from launch.pipeline import Pipeline
-from tests.chapter1.helpers import CHAT, MODEL, chat, eventually, lines_about, stream
+from tests.chapter1.helpers import (
+    CHAT,
+    MODEL,
+    chat,
+    eventually,
+    lines_about,
+    nothing_in_flight,
+    stream,
+)
 
 import httpx
 import pytest
@@ -127,7 +136,7 @@ async def test_too_many_requests_in_flight(
     """429 with Retry-After, at once, and a free place can be taken again."""
     async with AsyncExitStack() as stack:
         answers = [
-            await stack.enter_async_context(stream(api, chat(f"{n}", max_tokens=1000)))
+            await stack.enter_async_context(stream(api, chat(f"{n}", max_tokens=4000)))
             for n in range(8)
         ]
         for answer in answers:
@@ -213,18 +222,15 @@ async def test_metrics_after_known_traffic(api: httpx.AsyncClient) -> None:
     for _ in range(2):
         assert (await api.post("/v1/completions", json=prompt)).status_code == 200
     async with stream(api, chat("metrics", max_tokens=30)) as answer:
-        await answer.read_text()
-        during = await metric_values(api)
         await answer.read_all()
     await api.post(CHAT, json=chat(n=2))
     await api.post(CHAT, json={**chat(), "model": "gpt-9"})
-    async with stream(api, chat("gone", max_tokens=1000)) as leaving:
-        await leaving.read_text()
-
-    async def idle() -> bool:
-        return (await metric_values(api))["dynamo_frontend_inflight_requests"] == 0
-
-    await eventually(idle)
+    await nothing_in_flight(api)
+    async with stream(api, chat("gone", max_tokens=4000)) as leaving:
+        while len(leaving.chunks) < 12:  # most of them after an interval
+            await leaving.read_text(len(leaving.text) + 1)
+        during = await metric_values(api)
+    await nothing_in_flight(api)
     after = await metric_values(api)
 
     def grew(name: str) -> float:
@@ -245,21 +251,29 @@ async def test_metrics_after_known_traffic(api: httpx.AsyncClient) -> None:
     assert grew("output_sequence_tokens_count") == 4
     assert grew("output_tokens_total") == grew("output_sequence_tokens_sum")
     intervals = grew("inter_token_latency_seconds_count")
-    assert 20 < intervals < grew("output_tokens_total")
+    assert 10 <= intervals < grew("output_tokens_total")
     assert grew("input_sequence_tokens_count") == 3
     assert grew("input_sequence_tokens_sum") > 128
     assert grew("cached_tokens_sum") >= 48, "the second prompt of 64 tokens was in the cache"
 
 
 async def test_latencies_are_per_token(api: httpx.AsyncClient) -> None:
-    """At 20 ms a step, the mean inter-token latency is near 20 ms however tokens are batched."""
+    """They add up to the answer's time, of which the engine takes 20 ms a token."""
     before = await metric_values(api)
+    began = time.monotonic()
     await api.post(CHAT, json=chat("latency", max_tokens=30))
+    took = time.monotonic() - began
+    await nothing_in_flight(api)
     after = await metric_values(api)
-    name = "dynamo_frontend_inter_token_latency_seconds"
-    count = after[f"{name}_count"] - before[f"{name}_count"]
-    mean = (after[f"{name}_sum"] - before[f"{name}_sum"]) / count
-    assert 0.01 < mean < 0.2
+
+    def grew(name: str) -> float:
+        key = f"dynamo_frontend_{name}"
+        return after[key] - before.get(key, 0)
+
+    first, later = "time_to_first_token_seconds", "inter_token_latency_seconds"
+    assert grew(f"{first}_count") == 1
+    assert 0 < grew(f"{later}_count") < 30
+    assert 30 * 0.02 <= grew(f"{first}_sum") + grew(f"{later}_sum") <= took
 
 
 async def test_documentation(api: httpx.AsyncClient) -> None:
@@ -304,10 +318,10 @@ async def test_a_client_that_leaves_while_it_sends_the_body(
     await eventually(lambda: lines_about(frontend, "left before the whole request"))
     assert (await api.post(CHAT, json=chat(max_tokens=1))).status_code == 200
     assert not lines_about(frontend, "Traceback")
+    await nothing_in_flight(api)
     after = await metric_values(api)
     counted = 'dynamo_frontend_requests_total{endpoint="chat/completions",status="499"}'
     assert after[counted] == before.get(counted, 0) + 1
-    assert after["dynamo_frontend_inflight_requests"] == 0
 
 
 async def test_a_page_of_another_site_is_refused(api: httpx.AsyncClient) -> None:

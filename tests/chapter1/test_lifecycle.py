@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from launch.children import Children
 from launch.ports import free_port
@@ -30,11 +31,21 @@ STEPS_OF_20_MS = ["--log-level=debug", *engine_settings(decode_base_ms=20)]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", ["engine0", "processor", "frontend"])
 async def test_a_signal_lets_streams_finish(
-    start_pipeline: StartPipeline, name: str, number: signal.Signals
+    start_pipeline: StartPipeline, tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
     """Nobody finds the process any more while it finishes what it has begun."""
-    arguments = {"engine": STEPS_OF_20_MS}
-    async with start_pipeline(arguments=arguments) as running, http_client(running.url) as client:
+    held = tmp_path / "held"
+    held.touch()
+    async with (
+        start_pipeline(start=[], wait=False) as running,
+        http_client(running.url) as client,
+    ):
+        command = running.commands["engine0"]
+        at = command.index("chapter1.engine")
+        command[at : at + 1] = ["tests.chapter1.held_engine", str(held), "--log-level=debug"]
+        for component in running.commands:
+            running.start(component)
+        await running.wait_ready()
         stopped = running.processes[name]
         component = name.rstrip("0")
         assert any(entry.startswith(component) for entry in await registered(running))
@@ -51,7 +62,8 @@ async def test_a_signal_lets_streams_finish(
 
             await eventually(deregistered)
             assert stopped.running
-            assert streamed.finish_reason is None
+            assert not whole.done()
+            held.unlink()
             await streamed.read_all()
             assert streamed.finish_reason == "length"
             response = await whole

@@ -68,7 +68,7 @@ def test_the_stream_has_the_text_of_the_whole_answer(client: openai.OpenAI) -> N
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
-    assert len(chunks) > 10, "arrives in pieces"
+    assert len(chunks) > 3, "arrives in pieces"
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
 

@@ -61,6 +61,7 @@ async def test_a_client_that_leaves_reaches_the_engine_that_works_for_it(
 async def work_ended(running: Pipeline, request_id: str) -> list[tuple[str, int]]:
     """How and after how many tokens a request ended, in every engine that it reached."""
     engines = [running.processes[name] for name in ("engine0", "engine1")]
+    await eventually(lambda: any(lines_about(engine, request_id) for engine in engines))
     reached = [engine for engine in engines if lines_about(engine, request_id)]
     await eventually(lambda: all(engine_ended(e, request_id) for e in reached), SOON_S)
     return [ended for engine in reached if (ended := engine_ended(engine, request_id))]

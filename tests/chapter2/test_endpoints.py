@@ -108,7 +108,7 @@ async def test_a_failed_engine_is_left_out_and_comes_back(
         return all(state.state == "ready" for state in await router.state())
 
     await eventually(is_ready_again)
-    assert await router.is_right()
+    await eventually(router.is_right)
     for candidate in (await router.find(token_ids)).candidates:
         assert candidate.worker_id != has_it or candidate.overlap_blocks == 4
 
@@ -123,6 +123,7 @@ async def test_the_state(api: httpx.AsyncClient, router: Router) -> None:
     token_ids = list(range(4000, 4048))
     has_it = await cache(api, token_ids)
     await eventually(router.is_right)
+    await eventually(lambda: has_figures(router))
     first, second = await router.state(blocks=True)
     assert (first.worker_id, second.worker_id) == (0, 1)
     for state in (first, second):
@@ -136,6 +137,10 @@ async def test_the_state(api: httpx.AsyncClient, router: Router) -> None:
     without = await router.state()
     assert [state.block_hashes for state in without] == [[], []]
     assert [state.blocks for state in without] == [first.blocks, second.blocks]
+
+
+async def has_figures(router: Router) -> bool:
+    return all(state.metrics is not None for state in await router.state())
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,24 @@
 
 import asyncio
 import signal
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from launch.child import Child
 from launch.children import Children
 from launch.pipeline import Pipeline
 from launch.ports import free_port
 from tests.chapter1.helpers import (
     CHAT,
     chat,
+    end_lease,
     engine_settings,
     eventually,
     http_client,
     is_healthy,
     lines_about,
     load,
+    logged,
     stream,
 )
 from tests.chapter1.test_failures import is_reason, statuses_until_served
@@ -29,14 +31,8 @@ import httpx
 import psutil
 import pytest
 
-SHORT_LEASE_S = 3
+LONG_LEASE = {"ETCD_LEASE_TTL": "60"}  # what freezes is not to be taken for dead
 DEBUG = ["--log-level=debug"]
-
-
-@pytest.fixture
-def short_lease(servers: dict[str, str]) -> Mapping[str, str]:
-    """A dead process is listed for this long."""
-    return {**servers, "ETCD_LEASE_TTL": str(SHORT_LEASE_S)}
 
 
 async def cached_on_both(client: httpx.AsyncClient, router: Router) -> dict[int, str]:
@@ -73,6 +69,7 @@ async def test_without_a_router(start_pipeline: StartPipeline, router_of: Router
         running.start("router")
         await running.wait_ready()
         assert await is_healthy(client)
+        await router_of(running).wait_ready()
         assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
 
 
@@ -88,6 +85,10 @@ async def test_fallback(start_pipeline: StartPipeline, router_of: RouterOf) -> N
     ):  # fmt: skip
         assert await is_healthy(client)
         text = prompt("the same")
+        for worker in (0, 1):  # the processor may learn of one later than of the other
+            await eventually(lambda: is_answered_by(client, text, worker))  # noqa: B023
+        processor = running.processes["processor"]
+        before = len(lines_about(processor, "round robin instead"))
         workers = [(await ask(client, text)).worker for _ in range(6)]
         assert workers in ([0, 1] * 3, [1, 0] * 3)
 
@@ -99,33 +100,34 @@ async def test_fallback(start_pipeline: StartPipeline, router_of: RouterOf) -> N
 
         running.processes["router"].kill()
         await running.processes["router"].wait()
-        began = time.monotonic()
         workers = [(await ask(client, text)).worker for _ in range(6)]
-        assert time.monotonic() - began < 12, "asking a dead router takes 3 s each time"
         assert set(workers) == {0, 1}
         assert await is_healthy(client)
-        processor = running.processes["processor"]
-        assert len(lines_about(processor, "round robin instead")) == 12
+        await logged(processor, "round robin instead", before + 12)
+        assert not lines_about(processor, "did not answer within"), "who is dead is not waited for"
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-async def test_a_router_that_hangs(start_pipeline: StartPipeline, fallback: bool) -> None:
+async def test_a_router_that_hangs(
+    start_pipeline: StartPipeline, servers: dict[str, str], fallback: bool
+) -> None:
     """It is listed, and takes no request: nobody waits for it for long."""
     arguments = {"processor": ["--router-fallback"] if fallback else []}
+    environment = {**servers, **LONG_LEASE}
     async with (
-        start_pipeline(chapter="chapter2", engines=2, arguments=arguments) as running,
+        start_pipeline(
+            chapter="chapter2", engines=2, arguments=arguments, environment=environment
+        ) as running,
         http_client(running.url) as client,
     ):
         assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
         async with frozen(running, "router"):
-            began = time.monotonic()
             response = await client.post(CHAT, json=chat(max_tokens=1))
-            assert time.monotonic() - began < 20
             message = "The router did not answer within 3 s."
             if fallback:
                 assert response.status_code == 200
                 processor = running.processes["processor"]
-                assert lines_about(processor, f"round robin instead: {message}")
+                await logged(processor, f"round robin instead: {message}")
             else:
                 assert response.status_code == 503
                 error = response.json()["error"]
@@ -151,7 +153,7 @@ async def test_a_router_that_knows_no_engine(start_pipeline: StartPipeline) -> N
         response = await client.post(CHAT, json=chat(max_tokens=1))
         assert response.status_code == 503
         processor = running.processes["processor"]
-        assert len(lines_about(processor, "failed: ")) == 2
+        await logged(processor, "failed: ", 2)
         assert not lines_about(processor, "gave no answer")
         assert not lines_about(processor, "round robin instead")
 
@@ -179,11 +181,8 @@ async def test_the_router_is_killed_and_restarted(
         assert answer.finish_reason == "length"
 
         running.start("router")
-        began = time.monotonic()
         await eventually(lambda: has_started(router))
         await eventually(router.is_right)
-        took = time.monotonic() - began
-        assert took < 20, f"it took {took:.1f} s, start-up included"
         assert all((await router.blocks()).values())
         for worker, text in prompts.items():
             again = await ask(client, text)
@@ -200,7 +199,7 @@ async def has_started(router: Router) -> bool:
 
 
 async def test_kill_9_of_one_of_two_engines(
-    start_pipeline: StartPipeline, router_of: RouterOf, short_lease: Mapping[str, str]
+    start_pipeline: StartPipeline, router_of: RouterOf
 ) -> None:
     """What had no token yet is answered by the other; the dead one's blocks are forgotten.
 
@@ -213,12 +212,11 @@ async def test_kill_9_of_one_of_two_engines(
             start=[],
             wait=False,
             arguments={"engine": [*DEBUG, *engine_settings(prefill_chunk=64)]},
-            environment=short_lease,
         ) as running,
         http_client(running.url, timeout=60) as client,
     ):
         ports = ["--kv-events-port", str(free_port()), "--metrics-port", str(free_port())]
-        # It is killed during the prefill, of 2 s at least, of what it has begun.
+        # It is killed during the prefill, of 20 s, of what it has begun.
         running.commands["engine0"] += [*ports, *engine_settings(prefill_tokens_per_s=100)]
         for name in running.commands:
             running.start(name)
@@ -228,23 +226,30 @@ async def test_kill_9_of_one_of_two_engines(
         before = {state.worker_id: state for state in await router.state()}
         assert before[0].blocks > 6
 
-        dying = running.processes["engine0"]
-        known = len(lines_about(dying, "prompt of"))
+        dying, other = running.processes["engine0"], running.processes["engine1"]
+
+        def begun(*engines: Child) -> int:
+            return sum(len(lines_about(engine, "prompt of")) for engine in engines)
+
+        await eventually(lambda: begun(dying, other) == 2)
         asked = [
-            asyncio.create_task(ask(client, prompt(text, words=60)))
+            asyncio.create_task(ask(client, prompt(text, words=500)))
             for text in ("one", "two", "three", "four")
         ]
-        await eventually(lambda: len(lines_about(dying, "prompt of")) == known + 2)
+        await eventually(lambda: begun(dying, other) == 2 + len(asked))
+        lost = begun(dying) - 1
+        assert lost > 0
         dying.kill()
         await dying.wait()
         assert [(await request).worker for request in asked] == [1] * 4
-        assert len(lines_about(running.processes["processor"], "trying another")) == 2
+        await logged(running.processes["processor"], "trying another", lost)
         await check_forgotten(router, before[0].instance_id)
         assert (await ask(client, prompts[0])).worker == 1
 
         running.start("engine0")
         await dying.wait_ready()
-        await eventually(lambda: is_followed(router, before[0].instance_id), timeout=30)
+        await end_lease(running, before[0].instance_id)
+        await eventually(lambda: is_followed(router, before[0].instance_id))
         engine0, _ = await router.state()
         assert (engine0.blocks, engine0.state) == (0, "ready")
         await eventually(router.is_right)
@@ -367,10 +372,13 @@ async def knows_one(router: Router) -> bool:
     return [state.state for state in await router.state()] == ["ready"]
 
 
-async def test_an_engine_that_freezes(start_pipeline: StartPipeline, router_of: RouterOf) -> None:
+async def test_an_engine_that_freezes(
+    start_pipeline: StartPipeline, router_of: RouterOf, servers: dict[str, str]
+) -> None:
     """No sign of life: nothing is sent to it as long as there is another; then it is back."""
+    environment = {**servers, **LONG_LEASE}
     async with (
-        start_pipeline(chapter="chapter2", engines=2) as running,
+        start_pipeline(chapter="chapter2", engines=2, environment=environment) as running,
         http_client(running.url) as client,
     ):
         router = router_of(running)
@@ -444,8 +452,8 @@ async def test_two_routers(
             await eventually(lambda: knows_both(router, instance))  # noqa: B023
         async with load(client, clients=8) as work:
             await work.answers(30)
-            assert lines_about(first, "best score")
-            assert lines_about(second, "best score")
+            for asked in (first, second):
+                await eventually(lambda: lines_about(asked, "best score"))  # noqa: B023
             first.terminate()
             assert await first.wait(timeout=20) == 0
             await work.answers(20)
