@@ -9,12 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from common.model_files import DEFAULT_MODEL
 from launch.chapters import CHAPTERS
-from launch.ports import LOOPBACK, free_port, is_free
+from launch.ports import LOOPBACK, free_port
 
 import httpx
 import psutil
@@ -64,11 +64,15 @@ class Launcher:
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
-        while not condition():
+        while True:
+            running = self.process.poll() is None  # before: its last output counts
+            if condition():
+                break
+            assert running, self.stdout + self.stderr
             assert time.monotonic() < deadline, self.stdout + self.stderr
-            assert self.process.poll() is None, self.stdout + self.stderr
             time.sleep(0.01)
-        self.children.update(psutil.Process(self.process.pid).children(recursive=True))
+        if running:
+            self.children.update(psutil.Process(self.process.pid).children(recursive=True))
 
     def wait_until_ready(self) -> str:
         """Wait until it serves; its URL."""
@@ -263,7 +267,8 @@ def test_serves_until_a_signal(
 
 
 def test_ctrl_c_before_the_answer(folder: Path) -> None:
-    with launched(folder, *SIMULATED, "--ask", QUESTION) as launcher:
+    for_ever = "prefill_tokens_per_s=1"
+    with launched(folder, *SIMULATED, "--ask", QUESTION, ENGINE_ARGS=for_ever) as launcher:
         launcher.wait_for(lambda: "starting engine0" in launcher.stderr)
         launcher.process.send_signal(signal.SIGINT)
         assert launcher.wait() == 128 + signal.SIGINT
@@ -370,7 +375,7 @@ def test_busy_default_ports_lead_to_free_ones(folder: Path) -> None:
     """A foreign program listens on every default port, this test's own or another one."""
     with ExitStack() as stack:
         for port in (4222, 2379, 8000):
-            if is_free(port):
+            with suppress(OSError):  # another program listens there already
                 stack.enter_context(socket.create_server((LOOPBACK, port)))
         launcher = stack.enter_context(launched(folder, *SIMULATED))
         url = launcher.wait_until_ready()

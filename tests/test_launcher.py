@@ -3,9 +3,8 @@
 import argparse
 import os
 import signal
-import threading
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import chapter3.policy_loader
 from common.protocol_router import Policy
@@ -13,9 +12,9 @@ from launch.arguments import parse_arguments
 from launch.chapters import ENGINE, POLICIES, ROUTER, Component, Options, components, processes
 from launch.child import ChildFailedError
 from launch.children import Children
+from launch.errors import LaunchError
 from launch.launcher import StopSignals, _check_stopped, _until_done
 from launch.pipeline import Pipeline
-from tests.answering_server import server
 from tests.test_children import SERVE, program
 
 import pytest
@@ -30,19 +29,19 @@ def of_one_process(children: Children, url: str, command: Sequence[str]) -> Pipe
 
 
 async def test_a_broken_request_is_put_down_to_the_child_that_is_just_ending(
-    children: Children,
+    children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The frontend's error arrives first; what helps is the engine's last words."""
+    running = of_one_process(children, "", SERVE)
 
-    def answer(request: dict[str, Any]) -> tuple[int, bytes]:
-        threading.Timer(0.2, os.kill, (running.processes["engine0"].pid, signal.SIGKILL)).start()
-        return 500, b"engine is gone"
+    async def ask(url: str, question: str, on_text: Callable[[str], None]) -> None:
+        os.kill(running.processes["engine0"].pid, signal.SIGKILL)
+        raise LaunchError("the pipeline answered 500: engine is gone")  # before anybody knows
 
-    with server(answer) as url:
-        running = of_one_process(children, url, SERVE)
-        arguments = argparse.Namespace(chapter="chapter1", ask=["hi"], backend=None)
-        with pytest.raises(ChildFailedError, match="was killed by SIGKILL"):
-            await _until_done(running, arguments, StopSignals(children))
+    monkeypatch.setattr("launch.launcher.ask", ask)
+    arguments = argparse.Namespace(chapter="chapter1", ask=["hi"], backend=None)
+    with pytest.raises(ChildFailedError, match="was killed by SIGKILL"):
+        await _until_done(running, arguments, StopSignals(children))
 
 
 @pytest.mark.parametrize(("command", "status"), [(SERVE, 0), (SAYS_3, 1)])
