@@ -1,6 +1,14 @@
 """The comparison of ways to move KV: everyone moves the same, and wrong data gives no figures."""
 
-from benchmarks.kv_transfer import MEMCPY, PIECE_BYTES, Contenders, contenders, measure, row, tables
+from benchmarks.kv_transfer import measure, row, tables
+from benchmarks.kv_transfer_contenders import (
+    MEMCPY,
+    PIECE_BYTES,
+    Contenders,
+    contenders,
+    content,
+    stamp,
+)
 from benchmarks.report import GuardError
 
 import numpy as np
@@ -20,11 +28,15 @@ async def test_everyone_moves_what_was_lent() -> None:
 
 
 async def test_wrong_data_gives_no_figures() -> None:
-    async def wrong(size: int) -> tuple[float, NDArray[np.uint8]]:
-        return 0.001, np.zeros(size, np.uint8)
+    """Neither does what an earlier transfer left."""
+
+    async def stale(size: int, number: int) -> tuple[float, NDArray[np.uint8]]:
+        data = content(size)
+        stamp(data, 1)
+        return 0.001, data
 
     moving = Contenders.__new__(Contenders)
-    moving.by_name = {"zmq": wrong}
+    moving.by_name = {"zmq": stale}
     with pytest.raises(GuardError, match="zmq: what came of 1000 bytes is not what was lent"):
         await measure(moving, 1000, rounds=1, repeats=1)
 
