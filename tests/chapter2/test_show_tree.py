@@ -176,9 +176,10 @@ async def test_a_running_pipeline_is_drawn(
         assert len(lines) == 6
 
 
-async def test_a_dead_engine_and_a_wrong_model(
+async def test_a_dead_engine_a_wrong_model_and_a_dead_router(
     start_pipeline: StartPipeline, servers: dict[str, str], tmp_path: Path
 ) -> None:
+    """What is dead is listed until its lease expires."""
     start = ("engine0", "engine1", "router")
     environment = {**servers, **LONG_LEASE}
     async with start_pipeline(
@@ -203,6 +204,12 @@ async def test_a_dead_engine_and_a_wrong_model(
         assert status == 1
         assert "error: worker 0 has the model SmolLM2-135M-Instruct, not Other-1B; name" in errors
 
+        p.processes["router"].kill()
+        await p.processes["router"].wait()
+        _, errors, status = await shown("--namespace", p.namespace, environment=servers)
+        assert status == 1
+        assert "error: the router does not answer: " in errors
+
 
 async def test_without_a_router_it_says_so(
     start_pipeline: StartPipeline, servers: dict[str, str]
@@ -215,23 +222,6 @@ async def test_without_a_router_it_says_so(
             f"error: no router with the endpoint router.state is up in the namespace {p.namespace}"
             in errors
         )
-
-
-async def test_a_killed_router_does_not_answer(
-    start_pipeline: StartPipeline, servers: dict[str, str]
-) -> None:
-    """It is listed until its lease expires."""
-    start = ("engine0", "engine1", "router")
-    environment = {**servers, **LONG_LEASE}
-    async with start_pipeline(
-        chapter="chapter2", engines=2, start=start, environment=environment
-    ) as p:
-        await shown_in_step(p.namespace, servers)
-        p.processes["router"].kill()
-        await p.processes["router"].wait()
-        _, errors, status = await shown("--namespace", p.namespace, environment=servers)
-        assert status == 1
-        assert "error: the router does not answer: " in errors
 
 
 async def test_without_an_engine_it_says_so(namespace: str, servers: dict[str, str]) -> None:
