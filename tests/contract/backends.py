@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from common.engines.base import Engine
+from tests.common.engines.engine_helpers import ONE_THREAD
 
 DEFAULT_BACKENDS = ("llamacpp", "simulated")
 BACKENDS = (*DEFAULT_BACKENDS, "sglang", "vllm")
@@ -78,7 +79,10 @@ async def _start_llamacpp() -> Engine:
     from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 
     settings = LlamaCppSettings(
-        cache_tokens=CACHE_TOKENS, max_running=MAX_RUNNING, max_waiting=MAX_WAITING
+        cache_tokens=CACHE_TOKENS,
+        max_running=MAX_RUNNING,
+        max_waiting=MAX_WAITING,
+        **ONE_THREAD,
     )
     return await LlamaCppEngine.start(settings)
 

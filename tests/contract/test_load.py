@@ -45,8 +45,9 @@ async def test_the_load_while_requests_run(engine: Engine) -> None:
     sampling = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0)
 
     async def read() -> None:
-        async for _ in engine.generate(GenerateRequest(prompt, sampling), context):
-            pass
+        while not context.is_stopped():  # until the test has seen it
+            async for _ in engine.generate(GenerateRequest(prompt, sampling), context):
+                pass
 
     readers = [asyncio.create_task(read()) for _ in range(2)]
     await eventually(lambda: engine.metrics().running == 2)

@@ -15,7 +15,7 @@ from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import EngineOutput, GenerateRequest, SamplingParams
 from common.protocol_transfer import KvDescriptor
 from tests.chapter1.helpers import eventually
-from tests.common.engines.engine_helpers import FakeContext, Result, replay
+from tests.common.engines.engine_helpers import ONE_THREAD, FakeContext, Result, replay
 
 BLOCK = 16
 
@@ -33,14 +33,7 @@ class Peer:
     @classmethod
     @asynccontextmanager
     async def start(cls, *, max_bytes: int = 2**30, **settings: Any) -> AsyncIterator[Self]:
-        """Of one thread: with more, the arithmetic is the same, but slower on busy machines."""
-        known = {
-            "cache_tokens": 1024,
-            "max_sequences": 16,
-            "max_running": 8,
-            "threads": 1,
-            "batch_threads": 1,
-        }
+        known = {**ONE_THREAD, "cache_tokens": 1024, "max_sequences": 16, "max_running": 8}
         async with kv_transfer(
             "zmq", "127.0.0.1", max_bytes=max_bytes, lease_s=60, timeout_s=20
         ) as transfer:
@@ -63,6 +56,8 @@ class Peer:
     async def check_at_rest(self) -> None:
         """Nothing is lent, received, running or lost: llama.cpp's cells are those of the cache."""
         handover = self.engine._handover
+        # Its thread may still compute for someone who has left.
+        await eventually(lambda: not self.engine._open)
         await eventually(lambda: self.transfer.lender.lent_bytes == 0)
         assert handover.fetching == 0
         assert (handover._holding, handover._room._value) == (set(), MAX_RECEIVED)

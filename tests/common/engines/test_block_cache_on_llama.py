@@ -50,7 +50,7 @@ class LlamaMemory:
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[LlamaContext]:
-    size = ContextSize(cells=CELLS, sequences=IDS, batch=BATCH, threads=1, batch_threads=2)
+    size = ContextSize(cells=CELLS, sequences=IDS, batch=BATCH, threads=1, batch_threads=1)
     context = LlamaContext(find_model(DEFAULT_MODEL), size)
     yield context
     context.close()
@@ -76,7 +76,7 @@ def test_index_and_cells_agree_after_any_sequence_of_requests(llama: LlamaContex
     run_state_machine_as_test(
         OnLlama,
         settings=settings(
-            max_examples=8,
+            max_examples=5,
             stateful_step_count=40,
             deadline=None,
             database=None,

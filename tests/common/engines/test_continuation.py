@@ -11,7 +11,7 @@ from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.engines.simulated import SimulatedEngine, SimulatedSettings
 from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
-from tests.common.engines.engine_helpers import FakeContext, Result, collect
+from tests.common.engines.engine_helpers import ONE_THREAD, FakeContext, Result, collect
 
 import pytest
 import pytest_asyncio
@@ -141,7 +141,7 @@ def vocab() -> Iterator[Vocab]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def llama(vocab: Vocab) -> AsyncIterator[Llama]:
-    small = LlamaCppSettings(cache_tokens=512, max_sequences=8, max_running=2)
+    small = LlamaCppSettings(cache_tokens=512, max_sequences=8, max_running=2, **ONE_THREAD)
     first = await LlamaCppEngine.start(small)
     try:
         second = await LlamaCppEngine.start(small)

@@ -11,7 +11,7 @@ from common.engines.llama_capi import Vocab
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.model_files import DEFAULT_MODEL, find_model
 from common.protocol import GenerateRequest, PipelineError, SamplingParams
-from tests.common.engines.engine_helpers import FakeContext, collect
+from tests.common.engines.engine_helpers import ONE_THREAD, FakeContext, collect
 
 import jsonschema_rs
 import pytest
@@ -68,7 +68,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[LlamaCppEngine]:
-    engine = await LlamaCppEngine.start(LlamaCppSettings(cache_tokens=2048, max_sequences=32))
+    engine = await LlamaCppEngine.start(
+        LlamaCppSettings(cache_tokens=2048, max_sequences=32, **ONE_THREAD)
+    )
     yield engine
     await engine.close()
 

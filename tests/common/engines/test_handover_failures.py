@@ -11,7 +11,7 @@ from common.kv_transfer.pieces import KvPieces
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
 from common.protocol_transfer import KvDescriptor
 from tests.chapter1.helpers import eventually
-from tests.common.engines.engine_helpers import FakeContext, Result, collect
+from tests.common.engines.engine_helpers import ONE_THREAD, FakeContext, Result, collect
 from tests.common.engines.handover_helpers import (
     BLOCK,
     MODEL_FILE,
@@ -193,7 +193,7 @@ async def test_an_engine_without_a_transfer(engines: Engines) -> None:
     prefill, _ = engines
     prompt = a_prompt(7, 20)
     engine = await LlamaCppEngine.start(
-        LlamaCppSettings(cache_tokens=256, max_sequences=4, max_running=2)
+        LlamaCppSettings(cache_tokens=256, max_sequences=4, max_running=2, **ONE_THREAD)
     )
     try:
         with pytest.raises(PipelineError, match="gives no KV away; start it with --role prefill"):

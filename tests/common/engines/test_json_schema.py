@@ -9,7 +9,7 @@ from typing import Any
 from common.engines.json_schema import check_schema_numbers, schema_error
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.protocol import EngineOutput, GenerateRequest, PipelineError, SamplingParams
-from tests.common.engines.engine_helpers import FakeContext, collect
+from tests.common.engines.engine_helpers import ONE_THREAD, FakeContext, collect
 
 import pytest
 import pytest_asyncio
@@ -89,7 +89,9 @@ class HeldCompiler:
 
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[LlamaCppEngine]:
-    settings = LlamaCppSettings(cache_tokens=256, max_sequences=8, max_running=2, max_waiting=2)
+    settings = LlamaCppSettings(
+        cache_tokens=256, max_sequences=8, max_running=2, max_waiting=2, **ONE_THREAD
+    )
     engine = await LlamaCppEngine.start(settings)
     yield engine
     await engine.close()
@@ -127,7 +129,7 @@ async def test_requests_that_wait_for_their_schema_count_as_waiting(
     with pytest.raises(PipelineError, match="has 4 of at most 4 requests") as caught:
         await ask(engine, FakeContext())
     assert caught.value.info.kind == "overloaded"
-    plain = await collect(engine, [1000], max_tokens=2)
+    plain = await collect(engine, [1000], max_tokens=2, ignore_eos=True)
     assert plain.finish_reason == "length"
     held.release.set()
     assert [items[-1].finish_reason for items in await asyncio.gather(*tasks)] == ["stop"] * 4
