@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from common.kv_transfer.lender import Lender
 from common.kv_transfer.pieces import KvPieces
 
 import msgspec
@@ -37,6 +38,13 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(0.002)
+
+
+def expire(lender: Lender) -> None:
+    """All leases are over now; the clock would end them at whatever moment."""
+    for transfer, loan in list(lender._loans.items()):
+        loan.expiry.cancel()
+        lender._expire(transfer)
 
 
 def held_by_this_process() -> int:

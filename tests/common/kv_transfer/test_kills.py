@@ -20,6 +20,7 @@ from tests.common.kv_transfer.kv_helpers import (
     LOANS,
     WAYS,
     eventually,
+    expire,
     held_by_this_process,
     pieces_of,
 )
@@ -75,11 +76,12 @@ async def test_borrowers_that_are_killed_leave_nothing_behind(
     way: str, start: StartTransfer
 ) -> None:
     choice = random.Random(8)
-    async with start(lease_s=4.0, max_bytes=2**29) as lending:
+    async with start(lease_s=600.0, max_bytes=2**29) as lending:
         await kill_a_borrower(way, lending, choice)
         before = held_by_this_process()
         for _ in range(KILLS):
             await kill_a_borrower(way, lending, choice)
+        expire(lending.lender)
         await eventually(lambda: lending.lender.lent_bytes == 0)
         await eventually(lambda: held_by_this_process() <= before + FEW)
         counters = lending.lender.counters
