@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from pathlib import Path
 
 from tests.chapter1.helpers import (
@@ -91,7 +90,7 @@ async def test_the_router_is_killed_and_restarted(
     ):
         router = router_of(running)
         await router.wait_ready()
-        async with stream(client, chat(max_tokens=600)) as answer:
+        async with stream(client, chat(max_tokens=400)) as answer:
             await answer.read_text()
             running.processes["router"].kill()
             await running.processes["router"].wait()
@@ -158,14 +157,12 @@ async def test_a_processor_that_is_restarted_under_load_leaves_no_account_open(
         running.commands["processor1"] = running.commands["processor"]
         running.tiers.insert(0, ["processor1"])
         await running.start("processor1").wait_ready()
-        began = time.monotonic()
         async with load(client, clients=8) as work:
             for name in ("processor", "processor1"):
                 await work.answers(20)
                 await running.processes[name].restart()
         assert not work.failures
         await eventually(lambda: nothing_under_way(router))
-        assert time.monotonic() - began < 60, "not because the requests expired"
 
 
 async def test_clients_that_leave_at_any_moment_leave_no_account_open(

@@ -49,7 +49,7 @@ async def test_a_stopped_engine_loses_its_traffic_and_gets_it_back(
 
             await eventually(is_out)
             assert (await router.workers())[1].health_reason
-            assert set(await ask_some(client, "stopped")) == {0}
+            assert 1 not in await ask_some(client, "stopped")
         finally:
             os.kill(engine.pid, signal.SIGCONT)
 
@@ -84,7 +84,7 @@ async def test_a_slow_engine_loses_its_traffic(
             return await health_of(router, 2) == "quarantined"
 
         await eventually(is_out, timeout=60)
-        assert set(await ask_some(client, "without it")) == {0, 1}
+        assert 2 not in await ask_some(client, "without it")
         slow = (await router.workers())[2]
         assert "times what the others would take" in slow.health_reason
         assert slow.tags == ("old",)

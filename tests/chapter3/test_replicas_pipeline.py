@@ -55,7 +55,7 @@ async def test_two_routers_are_of_one_mind_and_either_may_go(
         http_client(running.url) as client,
     ):
         router = router_of(running)
-        await start_with_lease(running, "router1", 4).wait_ready()
+        await start_with_lease(running, "router1", 6).wait_ready()
         first, second = await wait_for_both(router, 4)
 
         # A prompt that one router has just sent somewhere, the other one sends there, too.

@@ -16,7 +16,7 @@ ARGUMENTS = {
 }
 
 OTHERS = ["engine0", "engine2", "router", "processor", "frontend"]
-LEASE_S = 4  # a dead engine's card stays for so long
+LEASE_S = 6  # a dead engine's card stays for so long; a busy engine must not lose it
 
 
 async def test_a_pipeline_from_its_first_request_to_its_end(

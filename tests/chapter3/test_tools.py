@@ -1,6 +1,7 @@
 """The scripts of chapter 2 look into this pipeline, too; and what the router knows of requests."""
 
 import asyncio
+import itertools
 from pathlib import Path
 
 from tests.chapter1.helpers import chat, engine_settings, eventually, http_client, stream
@@ -22,14 +23,17 @@ async def test_show_tree_and_watch_events(
         assert (await line(events)).startswith("watching tcp://")
 
         async def event() -> str:
-            """Two subscriptions take a moment: ask until something comes."""
-            while True:
-                await ask(client, prompt("tell me of the sea", 100))
-                await client.post("/v1/chat/completions", json=chat(prompt("and more", 60)))
+            """Two subscriptions take a moment: ask for something new until something comes."""
+            for number in itertools.count():
+                await ask(client, prompt(f"tell me of the sea{number}", 100))
+                await client.post(
+                    "/v1/chat/completions", json=chat(prompt(f"and more{number}", 60))
+                )
                 try:
                     return await asyncio.wait_for(line(events), 1)
                 except TimeoutError:
                     continue
+            raise AssertionError
 
         first = await asyncio.wait_for(event(), 60)
         assert " BlockStored " in first
