@@ -28,7 +28,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the next run starts again") from None
     recipe = RECIPES[args.name]
-    command = [str(folder / "venv/bin/python"), "-m", "pytest", recipe.tests]
+    command = [str(folder / "venv/bin/python"), "-m", "pytest", *recipe.tests]
     if recipe.tests == CONTRACT:
         command += ["--backend", args.name, "--engine-model", str(folder / "model" / MODEL_NAME)]
         command += [f"--engine-flags={shlex.join(recipe.flags)}"]

@@ -1,4 +1,4 @@
-"""What it takes to run SGLang and vLLM on a machine without a GPU.
+"""What it takes to run SGLang, vLLM and NIXL on a machine without a GPU.
 
 Another engine is another `Recipe` in `RECIPES`; `tests.rigs.build` makes a rig of it, and
 `scripts/test-engines NAME` runs the tests of `tests/contract` there.
@@ -7,7 +7,7 @@ Another engine is another `Recipe` in `RECIPES`; `tests.rigs.build` makes a rig 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-CONTRACT = "tests/contract"
+CONTRACT = ("tests/contract",)
 
 TORCH = "torch==2.13.0"
 
@@ -31,7 +31,7 @@ class Recipe:
     python_path: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    tests: str = CONTRACT
+    tests: tuple[str, ...] = CONTRACT
 
 
 # Of SGLang's dependencies those that are imported without a GPU, and for text alone.
@@ -85,7 +85,7 @@ _SGLANG = Recipe(
 # What it depends on: its builds for two versions of CUDA, of which either will do, and PyTorch.
 _NIXL = Recipe(
     installs=((TORCH,), ("--no-deps", "nixl==1.5.1", "nixl-cu13==1.5.1")),
-    tests="tests/common/kv_transfer",
+    tests=("tests/common/kv_transfer", "tests/chapter3/nixl_in_use.py"),
 )
 
 # Of vLLM's dependencies those that are imported without a GPU, without an HTTP server.
