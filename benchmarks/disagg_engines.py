@@ -38,9 +38,9 @@ REAL = Engines(
     chunks=(4, 8, 32, 128),
     quick_chunks=(4, 32),
     conditional_chunks=(4, 16),
-    long=Shape(prompt=(512, 768), output=(4, 12), per_s=0.13),
-    chat=Shape(prompt=(16, 40), output=(192, 320), per_s=0.14),
-    seconds=40.0,
+    long=Shape(prompt=(512, 768), output=(4, 12), per_s=0.15),
+    chat=Shape(prompt=(16, 40), output=(192, 320), per_s=0.16),
+    seconds=30.0,
 )
 
 # About a model of 70B parameters on four H100, from its arithmetic, not from a measurement. A
