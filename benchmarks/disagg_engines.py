@@ -59,10 +59,10 @@ SIMULATED = Engines(
         "cache_tokens=400000",
     ),
     prefill_chunk=2048,
-    chunks=(64, 128, 256, 512, 2048),
+    chunks=(128, 256, 512, 2048),
     quick_chunks=(128, 512),
     conditional_chunks=(64, 256),
     long=Shape(prompt=(2048, 6144), output=(32, 96), per_s=1.6),
-    chat=Shape(prompt=(16, 40), output=(64, 128), per_s=5.0),
+    chat=Shape(prompt=(16, 40), output=(64, 128), per_s=3.0),
     seconds=20.0,
 )
