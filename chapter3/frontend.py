@@ -83,14 +83,14 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             yield error_response(error.info)[1]
 
     async def chain_answers() -> None:
+        await processor.wait_for_instances()  # each endpoint has a watch of its own
         while True:
             try:
                 await engine_info(processor_info, wait=True)
+                return
             except PipelineError as error:  # an instance that died is listed for a while
                 log.info("waiting: %s", error)
                 await asyncio.sleep(CHAIN_CHECK_S)
-            else:
-                return
 
     try:
         listener = listen(args.host, args.port)

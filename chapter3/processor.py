@@ -56,7 +56,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     router = await runtime.endpoint(f"{args.namespace}.router.find_worker").client()
     router_report = await runtime.endpoint(f"{args.namespace}.router.report").client()
     router_state = await runtime.endpoint(f"{args.namespace}.router.state").client()
-    required = [] if args.router_fallback else [router_state]
+    required = [] if args.router_fallback else [router, router_state]
     known: EngineInfo | None = None
 
     async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -120,12 +120,12 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def info(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         try:
             if request.get("wait"):
-                for client in (engine_info, *required):
+                for client in (engine, engine_info, *required):  # each has a watch of its own
                     stopped = context.async_killed_or_stopped()
                     await first_of(client.wait_for_instances(), stopped, life.stop.wait())
-            for client in required:
+            if required:
                 # One that was killed is listed until its lease expires, but does not answer.
-                await ask_router(client, {}, WorkerState, context)
+                await ask_router(router_state, {}, WorkerState, context)
             reply = InfoOutput(engine=await checked_engine(context))
         except PipelineError as error:
             reply = InfoOutput(error=error.info)
