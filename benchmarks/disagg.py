@@ -152,6 +152,7 @@ COLUMNS = {
     "ITL p50 ms": ("itl_p50_ms", 1),
     "p95": ("itl_p95_ms", 0),
     "p99": ("itl_p99_ms", 0),
+    "longest": ("itl_max_ms", 0),
     "chats' p99": ("chat_itl_p99_ms", 0),
     "TTFT p50 ms": ("ttft_p50_ms", 0),
     "p95 ": ("ttft_p95_ms", 0),
