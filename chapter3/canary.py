@@ -105,17 +105,17 @@ class Canaries:
 def figures(workers: dict[int, Worker], now: float) -> dict[int, Figures]:
     """What the engines' own metrics say, for `health`."""
     known = {}
-    computing = {
-        worker.source.info.model
-        for worker in workers.values()
-        if worker.synced and worker.source.role != "prefill" and stands_alone(worker.source)
+    generating = [w.source for w in workers.values() if w.synced and w.source.role != "prefill"]
+    # Models whose every answer can be had without an engine for prefill.
+    alone = {source.info.model for source in generating} - {
+        source.info.model for source in generating if not stands_alone(source)
     }
     for instance, worker in workers.items():
         info, metrics = worker.source.info, worker.metrics
         known[instance] = Figures(
             info.worker_id,
-            f"{info.model} {worker.source.role}",
-            spare=worker.source.role == "prefill" and info.model in computing,
+            f"{info.model} {info.backend} {worker.source.role}",
+            spare=worker.source.role == "prefill" and info.model in alone,
             canaries=stands_alone(worker.source),
             silent=worker.synced and worker.is_silent(now),
             serves=worker.synced,

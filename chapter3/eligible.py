@@ -27,9 +27,8 @@ def decode_engines(
         if worker.synced and worker.source.info.model == model and worker.instance not in excluded
     ]
     # Engines that are there to compute prompts for others do all of it if they are alone.
-    known = [worker for worker in known if worker.source.role != "prefill"] or [
-        worker for worker in known if stands_alone(worker.source)
-    ]
+    generating = [worker for worker in known if worker.source.role != "prefill"]
+    known = generating or [worker for worker in known if stands_alone(worker.source)]
     if not known:
         states = ", ".join(
             f"worker {worker.source.info.worker_id} with {worker.source.info.model} is "
@@ -42,7 +41,14 @@ def decode_engines(
         )
     heard = [worker for worker in known if not worker.is_silent(now)]
     well = [worker for worker in heard if health.may_serve(worker.instance)]
-    return well or heard or known
+    found = well or heard or known
+    able = [
+        worker
+        for worker in found
+        if stands_alone(worker.source)
+        or prefill_engines(workers, health, model, excluded, now, worker.source.info.backend)
+    ]
+    return able or found
 
 
 def prefill_engines(
@@ -51,13 +57,15 @@ def prefill_engines(
     model: str,
     excluded: Collection[int],
     now: float,
+    backend: str | None = None,
 ) -> list[Worker]:
-    """Those that may compute a prompt for another one; there need not be any."""
+    """Those that may compute a prompt for an engine of `backend`; there need not be any."""
     return [
         worker
         for worker in workers
         if worker.source.role == "prefill"
         and worker.source.info.model == model
+        and backend in (None, worker.source.info.backend)
         and worker.instance not in excluded
         and worker.state(now) == "ready"
         and health.may_serve(worker.instance)

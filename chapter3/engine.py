@@ -9,7 +9,6 @@ prompts for engines with `--role decode`, which fetch the KV cache from it.
 
 import argparse
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -134,9 +133,11 @@ async def _finish_lending(transfer: KvTransfer, limit_s: float) -> None:
     lent_bytes = transfer.lender.lent_bytes
     if lent_bytes and limit_s > 0:
         log.info("draining: %d bytes of KV are still to be fetched", lent_bytes)
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(limit_s):
                 await transfer.lender.nothing_lent()
+        except TimeoutError:
+            log.warning("%d bytes of KV were not fetched", transfer.lender.lent_bytes)
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,6 +5,7 @@ Needs no network and no clock of its own; times are in seconds of any clock.
 
 from dataclasses import dataclass, field
 
+from chapter3.silence import ENDED_EARLY
 from common.dispatch import NOT_LISTED, REFUSALS
 from common.protocol import (
     EngineOutput,
@@ -173,7 +174,8 @@ def is_gone(failure: Exception) -> bool:
 def is_refusal(failure: Exception) -> bool:
     """Whether an engine that has made nothing did not begin: it is full, leaving, or not there."""
     if isinstance(failure, PipelineError):
-        return failure.info.kind in ("overloaded", "unavailable")
+        known = failure.info.kind in ("overloaded", "unavailable")
+        return known and failure.info.message != ENDED_EARLY
     return any(part in str(failure) for part in REFUSALS)
 
 

@@ -15,6 +15,8 @@ from dynamo.runtime import Client, Context
 from msgspec.structs import replace
 
 DEFAULT_PREFILL_TIMEOUT_S = 60.0
+# An engine that drains is not listed any more, and keeps its stream open until its KV is fetched.
+READ_ON_S = 60.0
 
 
 class RemotePrefill:
@@ -52,6 +54,7 @@ class RemotePrefill:
         finally:
             # A stream that is not read to its end looks like a broken engine; one backend keeps
             # it open until the KV has been fetched, the client has left, or the engine is silent.
+            silence.patience_s = max(silence.patience_s, READ_ON_S)
             reading = asyncio.ensure_future(_read_on(items))
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)

@@ -15,7 +15,7 @@ from chapter3.hops import Hops
 from chapter3.migration import Progress, broken_off, failure_in, is_gone, is_refusal, verdict
 from chapter3.reports import Attempt
 from chapter3.router_client import NoRouterError, find_worker, is_silent
-from chapter3.silence import Silence, SilentEngineError
+from chapter3.silence import ENDED_EARLY, Silence, SilentEngineError
 from common.dispatch import DIED, dispatch
 from common.protocol import EngineOutput, PipelineError, from_wire, hop_error, to_wire
 from common.protocol_routing import (
@@ -65,7 +65,7 @@ async def routed_stream(
                     if output.token_ids or output.finish_reason is not None:
                         yield output
                 if failure is None and not progress.finished:
-                    failure = PipelineError("unavailable", "The engine ended the stream too early.")
+                    failure = PipelineError("unavailable", ENDED_EARLY)
             except PipelineError:
                 raise
             except Exception as error:  # the runtime raises nothing more precise

@@ -88,7 +88,8 @@ class Selector:
         """Have another engine compute the prompt, if there is one and it pays."""
         request, now = decision.snapshot.request, decision.snapshot.now
         decode = self.workers[decision.worker.instance_id].source
-        engines = prefill_engines(self.workers.values(), self.health, model, excluded, now)
+        every, backend = self.workers.values(), decode.info.backend
+        engines = prefill_engines(every, self.health, model, excluded, now, backend)
         if decode.role != "decode" or not engines:
             return
         prefill, names = self._decide(engines, request, block_hashes, now)
@@ -117,8 +118,7 @@ class Selector:
     ) -> tuple[WorkerView, ...]:
         """What a policy would see of those that may compute the prompt; raises as `select`."""
         workers = self.eligible(wanted.model, excluded, now)
-        every = self.workers.values()
-        prefill = prefill_engines(every, self.health, wanted.model, excluded, now)
+        prefill = prefill_engines(self.workers.values(), self.health, wanted.model, excluded, now)
         hashes = partial(compute_block_hash_for_seq, wanted.token_ids)
         _, names, cached = known_blocks(self.index, [*workers, *prefill], hashes)
         tokens = len(wanted.token_ids)

@@ -14,6 +14,7 @@ from typing import TypeVar
 # An engine that drains is not listed either, and is silent while it computes a prompt.
 SILENT_S = 10.0
 CHECK_S = 1.0
+ENDED_EARLY = "The engine ended the stream too early."
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Silence:
         self._heard = 0.0
         self._reader: asyncio.Task[object] | None = None
         self._given_up = ""  # why
+        self.patience_s = SILENT_S
 
     def expect(self, engine: int | None) -> None:
         """From now on the items are this engine's; None: nobody's, or nobody's who can be named."""
@@ -78,7 +80,7 @@ class Silence:
             await asyncio.sleep(CHECK_S)
             engine, heard, listed = self._engine, self._heard, self._listed()
             # With nobody listed it is discovery that is out of order.
-            if engine is None or not listed or self._loop.time() - heard < SILENT_S:
+            if engine is None or not listed or self._loop.time() - heard < self.patience_s:
                 continue
             if engine in listed and not await self._hangs(engine):
                 continue
@@ -88,5 +90,5 @@ class Silence:
                     if engine in listed
                     else ("its lease has expired")
                 )
-                self._given_up = f"it sent nothing for {SILENT_S:g} s and {why}"
+                self._given_up = f"it sent nothing for {self.patience_s:g} s and {why}"
                 self._reader.cancel()

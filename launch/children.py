@@ -105,10 +105,10 @@ class Children:
         self._running.append(child)
 
     def on_reaped(self, child: Child, pid: int) -> None:
-        self._running.remove(child)
         # A guard that somebody killed needs no telling.
         with contextlib.suppress(BrokenPipeError):
             os.write(self.guard_pipe, b"-%d\n" % pid)
+        self._running.remove(child)  # who is in there is waited for before the pipe is closed
 
     def on_failure(self, child: Child) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from launch.pipeline import Pipeline
 from tests.chapter1.helpers import chat, eventually, http_client, lines_about
 from tests.chapter3.conftest import RouterOf
 from tests.chapter3.helpers import Router
-from tests.chapter3.test_disaggregation_in_use import DEBUG, answer, way
+from tests.chapter3.test_disaggregation_in_use import DEBUG, answer, whole_way
 from tests.chapter3.test_migration_in_use import USAGE
 from tests.conftest import StartPipeline
 
@@ -99,7 +99,7 @@ async def test_the_kv_comes_by_nixl_and_the_answer_is_that_of_one_engine(
         for number in range(ROUNDS):
             await forget(router)
             request_id, got, chunks = await answer(client, question(number))
-            assert way(running, request_id) == ([0, 1], [0])
+            assert await whole_way(running, request_id, 2) == ([0, 1], [0])
             by_way.append((got, logprobs(chunks)))
 
         async def has_received() -> bool:
@@ -114,7 +114,7 @@ async def test_the_kv_comes_by_nixl_and_the_answer_is_that_of_one_engine(
         for number in range(ROUNDS):
             await forget(router)
             request_id, got, chunks = await answer(client, question(number))
-            assert way(running, request_id) == ([0], [])
+            assert await whole_way(running, request_id, 1) == ([0], [])
             alone.append((got, logprobs(chunks)))
     assert [len(values) for _, values in alone] == [8] * ROUNDS
     assert alone == by_way
@@ -126,14 +126,14 @@ async def test_engines_that_transfer_by_different_ways_compute_and_say_so(
 ) -> None:
     async with start_engines(lends, borrows) as (running, client):
         request_id, by_way, _ = await answer(client, question(1))
-        assert way(running, request_id) == ([0, 1], [0])
+        assert await whole_way(running, request_id, 2) == ([0, 1], [0])
 
         async def has_failed() -> bool:
             return await transfers(router_of(running)) == (0, 1)
 
         await eventually(has_failed)
         reason = f"KV is lent by '{lends}', and this engine borrows by '{borrows}'"
-        assert lines_about(running.processes[DECODE], reason)
+        await eventually(lambda: bool(lines_about(running.processes[DECODE], reason)))
         _, alone, _ = await answer(client, question(1))
         assert alone == by_way
 

@@ -105,6 +105,29 @@ def test_an_sglang_that_only_decodes_gets_prompts_by_way_of_another_one() -> Non
     assert instances(choice(selector, "short", tokens=[1, 2, 3])) == (P1, P0)
 
 
+@pytest.mark.parametrize("prefill", ["llamacpp", None])
+def test_an_sglang_without_one_whose_kv_it_takes_gets_nothing_if_another_can(
+    prefill: str | None,
+) -> None:
+    """KV of another backend is of no use to it, and it cannot compute the prompt itself."""
+    selector = of_roles("prefill", "decode", "aggregated")
+    selector.workers[P1].source.info.backend = "sglang"
+    if prefill is None:
+        selector.remove(P0)
+    for number in range(5):
+        assert instances(choice(selector, f"r{number}/0")) == (P1 + 1, None)
+    selector.remove(P1 + 1)
+    assert instances(choice(selector, "last/0")) == (P1, None)
+
+
+def test_prefill_engines_on_which_one_engine_depends_are_not_all_out() -> None:
+    selector = of_roles("prefill", "decode", "aggregated")
+    for instance in (P0, P1):
+        selector.workers[instance].source.info.backend = "sglang"
+    fail_thrice(selector, P0)
+    assert selector.health.state(P0) == "healthy"
+
+
 def test_an_sglang_that_only_prefills_does_not_answer_alone() -> None:
     selector = of_sglang("prefill", "decode")
     with pytest.raises(PipelineError, match="No engine"):
