@@ -7,7 +7,7 @@ the descriptor (a pipe between the processes), the transfer, and the agreement t
 still valid. Every transfer ends in memory of its own.
 
 `memcpy` copies as many bytes within one process into memory that is in use already, which is the
-limit; `memcpy, new memory` into memory fresh from the allocator, as that of every transfer is.
+limit; `memcpy, new memory` into memory from the allocator, which is new for large sizes only.
 `shared memory` is only the copy out of memory that another process has filled, without a word
 about who may use it when.
 
