@@ -88,9 +88,9 @@ class Selector:
         """Have another engine compute the prompt, if there is one and it pays."""
         request, now = decision.snapshot.request, decision.snapshot.now
         decode = self.workers[decision.worker.instance_id].source
-        every, backend = self.workers.values(), decode.info.backend
-        engines = prefill_engines(every, self.health, model, excluded, now, backend)
-        if decode.role != "decode" or not engines:
+        every = self.workers.values() if decode.role == "decode" else ()
+        engines = prefill_engines(every, self.health, model, excluded, now, decode.info.backend)
+        if not engines:
             return
         prefill, names = self._decide(engines, request, block_hashes, now)
         if self.prefill_rule.applies(decode, decision.worker, prefill.worker):
