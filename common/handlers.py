@@ -1,9 +1,12 @@
 """Handlers of requests: async generators of a request and its context, served by the runtime."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from dynamo.runtime import Context
+from dynamo.runtime import Context, Endpoint
+
+LET_GO_S = 0.2
 
 Handler = Callable[[Any, Context], AsyncGenerator[Any, None]]
 
@@ -33,3 +36,14 @@ def closed_on_its_loop(handler: Handler) -> Callable[[Any, Context], _Items]:
         return _Items(handler(request, context))
 
     return start
+
+
+async def let_go_of_dropped_streams(endpoint: Endpoint) -> NoReturn:
+    """Have handlers end whose streams nobody reads any more, even if no other request comes.
+
+    The runtime drops such a stream on a thread of its own, without the interpreter's lock.
+    PyO3 remembers that, and does it when Python next calls one of its functions.
+    """
+    while True:
+        await asyncio.sleep(LET_GO_S)
+        endpoint.connection_id()

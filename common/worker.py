@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from common.arguments import positive_seconds
 from common.errors import ComponentError
-from common.handlers import Handler, closed_on_its_loop
+from common.handlers import Handler, closed_on_its_loop, let_go_of_dropped_streams
 from common.notify import notify
 from common.server_addresses import wait_for_servers
 from common.telemetry import log, setup_logging
@@ -80,6 +80,7 @@ class Lifecycle:
         self.serving = True
         stopped = asyncio.ensure_future(self.stop.wait())
         announced = asyncio.ensure_future(_announce(ready))
+        letting_go = asyncio.ensure_future(let_go_of_dropped_streams(endpoints[0]))
         causes: list[asyncio.Future[Any]] = [*served, stopped, announced]
         if failed is not None:
             causes.append(failed)
@@ -102,9 +103,10 @@ class Lifecycle:
             if fault is not None:
                 raise ComponentError(fault)
         finally:
-            for task in (stopped, announced):
+            tasks = (stopped, announced, letting_go)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(stopped, announced, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _drain(
         self,

@@ -1,6 +1,6 @@
 """Ends the processes of an engine when the process that has started them is gone.
 
-Runs as a process of its own, which is told the owner's id. Each line that it reads is the id of a
+Runs as a process of its own, which is given a descriptor of the owner. Each line that it reads is the id of a
 process to watch over, or a path: shared memory that such a process has, or a folder of its. After
 an empty line, or when the owner has ended, even if by SIGKILL, what is still there is killed, or
 removed.
@@ -36,12 +36,17 @@ class ChildGuard:
         self.folder = tempfile.mkdtemp(prefix=f"{name}-")
         # -P: nothing beside this file is to be imported. A session of its own: the terminal's
         # Ctrl-C must not reach it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-            text=True,
-        )
+        owner = os.pidfd_open(os.getpid())
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(owner)],
+                stdin=subprocess.PIPE,
+                pass_fds=[owner],
+                start_new_session=True,
+                text=True,
+            )
+        finally:
+            os.close(owner)
         self._pipe = cast(IO[str], self._process.stdin)
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._known: set[str] = set()
@@ -101,15 +106,12 @@ def _process_tree(pid: int | None) -> set[str]:
     return found
 
 
-def _lines(owner: int) -> Iterator[str]:
-    """What the owner writes until it says that this is all, or ends.
+def _lines(ended: int) -> Iterator[str]:
+    """What the owner writes until it says that this is all, or ends: `ended` is readable.
 
-    The pipe need not close then: a process that it forked may have it open.
+    The pipe need not close then: a process that it forked may have it open. And the owner may
+    have ended before this process has begun.
     """
-    try:
-        ended = os.pidfd_open(owner)
-    except ProcessLookupError:
-        return
     stdin = sys.stdin.fileno()
     os.set_blocking(stdin, False)
     text = ""

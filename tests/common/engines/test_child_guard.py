@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+from common.engines import child_guard
 from tests.chapter1.helpers import eventually
 from tests.project_files import ROOT
 
@@ -50,3 +52,31 @@ async def test_closing_ends_what_is_left() -> None:
     assert output == b"closed\n"
     assert not is_running(pid)
     assert not any(path.exists() for path in paths)
+
+
+def test_an_owner_that_ends_before_its_guard_has_begun_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """What it had written until then is in the pipe."""
+    owner = subprocess.Popen(["sleep", "600"])
+    ended = os.pidfd_open(owner.pid)
+    owner.kill()
+    owner.wait()
+    guard = subprocess.Popen(
+        [sys.executable, "-P", child_guard.__file__, str(ended)],
+        stdin=subprocess.PIPE,
+        pass_fds=[ended],
+    )
+    os.close(ended)
+    assert guard.stdin is not None
+    victim = subprocess.Popen(["sleep", "600"])
+    try:
+        with guard.stdin as pipe:
+            pipe.write(f"{victim.pid}\n{tmp_path}\n".encode())
+            pipe.flush()
+            assert guard.wait(timeout=60) == 0
+        assert victim.wait(timeout=60) == -signal.SIGKILL
+    finally:
+        victim.kill()
+        victim.wait()
+    assert not tmp_path.exists()
