@@ -12,7 +12,7 @@ from common.protocol import Timings
 import msgspec
 from msgspec import UNSET, UnsetType
 
-CompleteReason = Literal["stop", "length"]
+CompleteReason = Literal["stop", "length", "tool_calls"]
 
 
 class UsageDetails(msgspec.Struct):

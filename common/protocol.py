@@ -14,11 +14,13 @@ from common.protocol_errors import ErrorInfo as ErrorInfo
 from common.protocol_errors import ErrorKind as ErrorKind
 from common.protocol_errors import PipelineError as PipelineError
 from common.protocol_errors import hop_error as hop_error
+from common.protocol_tools import ToolCall, ToolCallDelta
 from common.protocol_transfer import KvDescriptor
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled"]
+AnswerReason = FinishReason | Literal["tool_calls"]
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -56,6 +58,9 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     With `prefill_only` the engine computes the prompt for another one, to which the item with
     `EngineOutput.kv` hands the request over. That one gets its `kv`: the KV of the first tokens
     need not be computed but can be fetched.
+
+    `retain_s` asks to keep the blocks of the request for so long after its end while others can
+    be evicted instead; an engine without such a choice evicts as ever.
     """
 
     token_ids: list[int]
@@ -63,6 +68,7 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     generated: int = 0
     prefill_only: bool = False
     kv: KvDescriptor | None = None
+    retain_s: float = 0.0
 
 
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
@@ -145,10 +151,15 @@ class EngineMetrics(msgspec.Struct, omit_defaults=True):
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):
-    """One turn of a conversation, content already reduced to text."""
+    """One turn of a conversation, content already reduced to text.
 
-    role: Literal["system", "user", "assistant"]
+    An assistant's may have `tool_calls`; a tool's answers the call `tool_call_id`.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
 
 
 class ProcessRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -199,14 +210,16 @@ class TextOutput(msgspec.Struct, omit_defaults=True):
     """Text out: one item of the stream of `processor.process`.
 
     `text` may be empty (a token that completes no character); `tokens` counts the tokens that
-    this item covers. `usage`, `timings` and `worker_id` come with the last item. `migrations`
-    is how often the answer has moved to another engine since the item before.
+    this item covers. `tool_calls` are pieces of calls of the request's tools. `usage`, `timings`
+    and `worker_id` come with the last item. `migrations` is how often the answer has moved to
+    another engine since the item before.
     """
 
     text: str = ""
     tokens: int = 0
     logprobs: list[PositionLogprobs] | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerReason | None = None
+    tool_calls: list[ToolCallDelta] = []
     usage: Usage | None = None
     timings: Timings | None = None
     worker_id: int | None = None

@@ -15,6 +15,7 @@ import msgspec
 
 HealthState = Literal["healthy", "quarantined", "probing"]
 ReportKind = Literal["first_token", "finished", "failed"]
+AgentState = Literal["", "planning", "calling", "answering"]
 
 
 class RoutingHints(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -23,6 +24,11 @@ class RoutingHints(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     Of requests that wait, a higher `priority` goes first. `deadline_ms` is counted from when
     the frontend has the request to its first token. `output_tokens` is how many the client
     expects.
+
+    An agent says what it does with the answer: plans, calls a tool with it, or gives it to its
+    user. `next_turn_s` is when it expects to come back with a longer prompt; `step` counts
+    its requests of one run from 1, so that above 1 it is in the midst of one. `pool` names the
+    engines to prefer, by a tag of theirs.
     """
 
     priority: int = 0
@@ -30,6 +36,10 @@ class RoutingHints(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     session: str = ""
     deadline_ms: float | None = None
     output_tokens: int | None = None
+    agent_state: AgentState = ""
+    next_turn_s: float | None = None
+    step: int = 0
+    pool: str = ""
 
 
 class RoutedProcessRequest(ProcessRequest, omit_defaults=True, forbid_unknown_fields=True):

@@ -50,29 +50,35 @@ CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
     "chapter3": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
+    "chapter4": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
 }
 
-ENGINES = {"chapter2": 2, "chapter3": 4}  # where one is not enough to see the lesson
+ENGINES = {"chapter2": 2, "chapter3": 4, "chapter4": 2}  # where one is not enough to see the lesson
 EXTERNAL_BACKENDS = ("sglang", "vllm")  # they take minutes to start, and flags after --
 BACKENDS = {"chapter3": "simulated"}  # where the lesson takes more engines than a laptop can run
 
 # The policies that have a name; where there is a shadow, a function of a file will do, too.
+_LABORATORY_POLICIES = (
+    "dynamo",
+    "earliest_start",
+    "kv",
+    "least_loaded",
+    "power_of_two",
+    "random",
+    "round_robin",
+    "session_affinity",
+)
 POLICIES = {
     "chapter2": ("kv", "least_loaded", "round_robin", "random"),
-    "chapter3": (
-        "dynamo",
-        "earliest_start",
-        "kv",
-        "least_loaded",
-        "power_of_two",
-        "random",
-        "round_robin",
-        "session_affinity",
-    ),
+    "chapter3": _LABORATORY_POLICIES,
+    "chapter4": _LABORATORY_POLICIES,
 }
 # Where killing an engine or a router is part of the lesson, as long as another one is left.
-SURVIVE = {"chapter3"}
-PAGES = {"chapter3": {"Router page": "/router"}}  # besides the chat page
+SURVIVE = {"chapter3", "chapter4"}
+PAGES = {  # besides the chat page
+    "chapter3": {"Router page": "/router"},
+    "chapter4": {"Router page": "/router"},
+}
 
 
 def components(chapter: str) -> tuple[Component, ...]:

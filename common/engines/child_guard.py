@@ -1,9 +1,9 @@
 """Ends the processes of an engine when the process that has started them is gone.
 
-Runs as a process of its own, which is given a descriptor of the owner. Each line that it reads is the id of a
-process to watch over, or a path: shared memory that such a process has, or a folder of its. After
-an empty line, or when the owner has ended, even if by SIGKILL, what is still there is killed, or
-removed.
+Runs as a process of its own, which is given a descriptor of the owner. Each line that it reads is
+the id of a process to watch over, or a path: shared memory that such a process has, or a folder
+of its. After an empty line, or when the owner has ended, even if by SIGKILL, what is still there
+is killed, or removed.
 """
 
 import contextlib

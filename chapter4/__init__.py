@@ -1,0 +1,1 @@
+"""Chapter 4: a router that knows what every engine has cached."""

@@ -1,0 +1,124 @@
+"""The router's queue: strict priorities, fair to tenants within one, bounded.
+
+A request goes before every request of a lower priority, however long that has waited: enough of
+a high priority starves the others, until they give up. Within a priority see `fair_queue`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from chapter4.fair_queue import FairQueue, Group, Queued, QueueOrder
+
+
+class RequestQueue:
+    """At most `size` requests that wait, each for at most `timeout_s`."""
+
+    def __init__(self, size: int, timeout_s: float, order: QueueOrder = "fifo") -> None:
+        self.size = size
+        self._timeout_s, self._order = timeout_s, order
+        self._waiting: dict[Queued, None] = {}  # in the order of arrival
+        self._classes: dict[int, FairQueue] = {}  # by priority; none is empty
+        self._groups: Counter[Group] = Counter()
+        self._first_start_by = float("inf")  # or earlier, if that one has gone
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Queued]:
+        return iter(self._waiting)
+
+    def __contains__(self, request: Queued) -> bool:
+        return request in self._waiting
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those of the requests that wait."""
+        return list(self._groups)
+
+    def add(self, request: Queued) -> Queued | None:
+        """Let it wait; returns who has to leave for it, which may be itself.
+
+        When the queue is full, the last request of the lowest priority's longest queue leaves,
+        if that makes room for a higher priority, or for a tenant that has fewer waiting. So
+        neither bulk work nor a heavy tenant keeps the others out.
+        """
+        leaves = self._who_leaves(request) if len(self) >= self.size else None
+        if leaves is request:
+            return request
+        if leaves is not None:
+            self.remove(leaves)
+        self._waiting[request] = None
+        self._groups[request.group] += 1
+        self._first_start_by = min(self._first_start_by, request.start_by)
+        if request.priority not in self._classes:
+            self._classes[request.priority] = FairQueue(self._order)
+        self._classes[request.priority].add(request)
+        return leaves
+
+    def remove(self, request: Queued) -> None:
+        """It does not wait any more."""
+        self._classes[request.priority].remove(request)
+        self._forget(request)
+
+    def take(self, may_go: Callable[[Queued], bool]) -> Queued | None:
+        """The next of those that may go, which then waits no longer."""
+        for priority in sorted(self._classes, reverse=True):
+            request = self._classes[priority].take(may_go)
+            if request is not None:
+                self._forget(request)
+                return request
+        return None
+
+    def too_late(self, now: float, prefill_s: float) -> list[Queued]:
+        """Those whose deadline cannot be met, because prefill would begin `prefill_s` from now."""
+        if now + prefill_s < self._first_start_by:
+            return []
+        late = [request for request in self._waiting if request.start_by <= now + prefill_s]
+        for request in late:
+            self.remove(request)
+        starts = (request.start_by for request in self._waiting)
+        self._first_start_by = min(starts, default=float("inf"))
+        return late
+
+    def timed_out(self, now: float) -> list[Queued]:
+        """Those that have waited for too long; they wait no longer."""
+        out = []
+        while self._waiting and next(iter(self._waiting)).arrived + self._timeout_s <= now:
+            out.append(next(iter(self._waiting)))
+            self.remove(out[-1])
+        return out
+
+    def next_due(self) -> float:
+        """When the next one is too late or timed out; inf if nobody waits."""
+        if not self._waiting:
+            return float("inf")
+        return min(next(iter(self._waiting)).arrived + self._timeout_s, self._first_start_by)
+
+    def depths(self) -> dict[int, dict[str, int]]:
+        """How many wait, by priority and tenant, the first to go first."""
+        return {
+            priority: self._classes[priority].tenants()
+            for priority in sorted(self._classes, reverse=True)
+        }
+
+    def oldest_wait_s(self, now: float) -> float:
+        return now - next(iter(self._waiting)).arrived if self._waiting else 0.0
+
+    def _who_leaves(self, request: Queued) -> Queued:
+        lowest = min(self._classes, default=None)
+        if lowest is None or request.priority < lowest:
+            return request
+        queue = self._classes[lowest]
+        last = queue.last_of_longest()
+        if request.priority > lowest:
+            return last
+        fewer = queue.waiting(request.tenant) + 1 < queue.waiting(last.tenant)
+        return last if fewer else request
+
+    def _forget(self, request: Queued) -> None:
+        del self._waiting[request]
+        if not self._classes[request.priority]:
+            del self._classes[request.priority]
+        self._groups[request.group] -= 1
+        if not self._groups[request.group]:
+            del self._groups[request.group]

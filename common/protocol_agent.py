@@ -1,0 +1,174 @@
+"""Messages of an agent: a task in, its steps and the answer out.
+
+    frontend --AgentRequest--> agent --ToolProcessRequest--> processor
+    frontend <--AgentEvent---- agent <--TextOutput---------- processor
+
+Items are those of OpenAI's Responses API, with one kind for all that the agent itself runs:
+https://platform.openai.com/docs/api-reference/responses.
+"""
+
+from typing import Literal
+
+from common.protocol import ErrorInfo, SamplingParams, Usage
+from common.protocol_routing import RoutedProcessRequest, RoutingHints
+from common.protocol_tools import FunctionTool, ToolChoice
+
+import msgspec
+
+
+class ToolProcessRequest(RoutedProcessRequest, omit_defaults=True, forbid_unknown_fields=True):
+    """The input of `processor.process` where the model may call tools."""
+
+    tools: list[FunctionTool] = msgspec.field(default_factory=list)
+    tool_choice: ToolChoice = msgspec.field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+
+
+class MessageItem(msgspec.Struct, tag="message", tag_field="type", omit_defaults=True):
+    """Something said."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class FunctionCallItem(msgspec.Struct, tag="function_call", tag_field="type", omit_defaults=True):
+    """A call of one of the caller's functions, which the caller runs."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionOutputItem(
+    msgspec.Struct, tag="function_call_output", tag_field="type", omit_defaults=True
+):
+    """What the caller's function returned."""
+
+    call_id: str
+    output: str
+
+
+class ToolRunItem(msgspec.Struct, tag="tool_run", tag_field="type", omit_defaults=True):
+    """A call that the agent ran, of a tool of the set `server`; `error` says why it failed.
+
+    The model has seen `output`, or `error`.
+    """
+
+    call_id: str
+    server: str
+    name: str
+    arguments: str
+    output: str = ""
+    error: str | None = None
+
+
+Item = MessageItem | FunctionCallItem | FunctionOutputItem | ToolRunItem
+
+
+class ToolSet(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Tools that the agent runs: `builtin`, or those of an MCP server that it was started with.
+
+    `allowed` names some of them; None: all.
+    """
+
+    server: str
+    allowed: list[str] | None = None
+
+
+class Budget(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """When a run ends at the latest. A step is one answer of the model."""
+
+    steps: int = 8
+    tool_calls: int = 16
+    seconds: float = 120.0
+    output_tokens: int = 4096
+
+
+class AgentRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The input of `agent.run`: a task, what may be used for it, and the session it belongs to.
+
+    `previous_response_id` or `conversation` names what was said before. `functions` are the
+    caller's: a call of one ends the run. `plan` names tools that the first steps must call, in
+    this order; after them `tool_choice` holds for one step, and then the model is free.
+    `sampling.json_schema` is for the final answer. With `store` the run can be continued.
+    """
+
+    model: str
+    response_id: str
+    input: list[Item]
+    instructions: str = ""
+    previous_response_id: str | None = None
+    conversation: str | None = None
+    functions: list[FunctionTool] = []
+    toolsets: list[ToolSet] = []
+    tool_choice: ToolChoice = msgspec.field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+    plan: list[str] = []
+    sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
+    budget: Budget = msgspec.field(default_factory=Budget)
+    store: bool = True
+    user: str = ""
+    hints: RoutingHints = msgspec.field(default_factory=RoutingHints)
+
+
+class StepStarted(msgspec.Struct, tag="step_started", tag_field="event", omit_defaults=True):
+    """The model is asked for the `step`-th time."""
+
+    step: int
+    prompt_items: int
+
+
+class TextDelta(msgspec.Struct, tag="text", tag_field="event", omit_defaults=True):
+    """A piece of the message that is the run's output item number `index`."""
+
+    index: int
+    text: str
+
+
+class CallDelta(msgspec.Struct, tag="call", tag_field="event", omit_defaults=True):
+    """A piece of a call; its first has `call_id`, `name` and, of the agent's tools, `server`."""
+
+    index: int
+    arguments: str = ""
+    call_id: str | None = None
+    name: str | None = None
+    server: str | None = None
+
+
+class ToolStarted(msgspec.Struct, tag="tool_started", tag_field="event", omit_defaults=True):
+    """The agent runs the call that is output item number `index`."""
+
+    index: int
+
+
+class ItemDone(msgspec.Struct, tag="item_done", tag_field="event", omit_defaults=True):
+    """Output item number `index` is complete; `seconds` is what its tool took."""
+
+    index: int
+    item: Item
+    seconds: float = 0.0
+
+
+class StepEnded(msgspec.Struct, tag="step_ended", tag_field="event", omit_defaults=True):
+    """What the step took: its tokens, its time to the first one, and the engine that gave them."""
+
+    step: int
+    usage: Usage
+    ttft_ms: float
+    worker_id: int | None = None
+
+
+class RunEnded(msgspec.Struct, tag="run_ended", tag_field="event", omit_defaults=True):
+    """The last event. `incomplete` has a `reason`: the budget that was used up, or `cancelled`.
+
+    `usage` is the sum of the steps'.
+    """
+
+    status: Literal["completed", "incomplete", "failed"]
+    usage: Usage
+    reason: str | None = None
+    error: ErrorInfo | None = None
+    conversation: str | None = None
+
+
+AgentEvent = StepStarted | TextDelta | CallDelta | ToolStarted | ItemDone | StepEnded | RunEnded
