@@ -1,0 +1,116 @@
+"""A call's arguments: the model's text, checked by the tool's schema.
+
+Neither is trusted. The schema of an MCP server may be huge, may refer to itself for ever or to
+another host, and a pattern in it may take a regular expression hours; so its size, its references
+and the steps of a check are bounded. Patterns are not checked here: a function's are by pydantic,
+whose regular expressions take linear time, an MCP server's by the server.
+"""
+
+import json
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jsonschema
+import referencing
+from jsonschema import Draft202012Validator
+
+MAX_ARGUMENTS = 32_768  # characters
+MAX_SCHEMA = 65_536  # characters as JSON
+MAX_REFERENCES = 10_000  # followed in one check
+
+_left: ContextVar[int] = ContextVar("references left")
+
+
+def parse_arguments(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The object that `text` is.
+
+    Raises:
+        ValueError: it is none, or does not match the schema, or the schema is broken: says how.
+    """
+    if len(text) > MAX_ARGUMENTS:
+        raise ValueError(f"the arguments have more than {MAX_ARGUMENTS} characters")
+    try:
+        arguments = json.loads(text or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the arguments are no JSON: {_short(error)}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are no JSON object")
+    _left.set(MAX_REFERENCES)
+    try:
+        problem = jsonschema.exceptions.best_match(
+            _Validator(schema, _NO_OTHERS).iter_errors(arguments)
+        )
+    except (RecursionError, referencing.exceptions.Unresolvable, _TooManyError) as error:
+        raise ValueError("the tool's schema cannot be used: its references do not end") from error
+    if problem is not None:
+        where = problem.json_path.removeprefix("$").removeprefix(".")
+        raise ValueError(f"{where or 'the arguments'}: {_short(problem.message)}")
+    return arguments
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Refuse the schema of a tool that `parse_arguments` could not use.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        size = len(json.dumps(schema))
+        Draft202012Validator.check_schema(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {_short(error)}") from error
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"is no JSON schema: {_short(error.message)}") from error
+    if size > MAX_SCHEMA:
+        raise ValueError(f"has {size} characters, more than {MAX_SCHEMA}")
+    if schema.get("type") != "object":
+        raise ValueError("is not that of an object")
+    for key, value in _keywords(schema):
+        if key in ("$ref", "$dynamicRef") and not str(value).startswith("#"):
+            raise ValueError(f"refers to another document: {_short(value)}")
+        if key == "patternProperties":
+            raise ValueError("has patternProperties, which are not checked in bounded time")
+
+
+class _TooManyError(Exception):
+    """References were followed more often than `MAX_REFERENCES`."""
+
+
+def _counted(keyword: str) -> Any:
+    follow = Draft202012Validator.VALIDATORS[keyword]
+
+    def check(validator: Any, reference: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        left = _left.get()
+        if left == 0:
+            raise _TooManyError
+        _left.set(left - 1)
+        yield from follow(validator, reference, instance, schema) or ()
+
+    return check
+
+
+_Validator = jsonschema.validators.extend(
+    Draft202012Validator,
+    {"pattern": None, "$ref": _counted("$ref"), "$dynamicRef": _counted("$dynamicRef")},
+)
+_NO_OTHERS: referencing.Registry[Any] = referencing.Registry()  # fetches no other document
+
+
+def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            yield key, value
+            yield from _keywords(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _keywords(value)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _short(problem: object) -> str:
+    text = str(problem)
+    return text if len(text) <= 300 else f"{text[:300]}…"
