@@ -54,7 +54,7 @@ async def _stream_answer(
     client: httpx.AsyncClient, question: str, on_text: Callable[[str], None]
 ) -> AnswerStats:
     request = {
-        "model": await _model(client),
+        "model": await served_model(client),
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": MAX_ANSWER_TOKENS,
@@ -67,8 +67,8 @@ async def _stream_answer(
     sent = time.perf_counter()
     first = last = None
     async with client.stream("POST", "/v1/chat/completions", json=request) as response:
-        await _check(response)
-        async for event in _events(response):
+        await check(response)
+        async for event in events_of(response):
             if "error" in event:
                 raise LaunchError(f"the answer broke off: {_error_text(event)}")
             for choice in event.get("choices", ()):
@@ -93,14 +93,16 @@ async def _stream_answer(
     )
 
 
-async def _model(client: httpx.AsyncClient) -> str:
+async def served_model(client: httpx.AsyncClient) -> str:
+    """The id of the model that the pipeline serves."""
     response = await client.get("/v1/models")
-    await _check(response)
+    await check(response)
     model: str = response.json()["data"][0]["id"]
     return model
 
 
-async def _check(response: httpx.Response) -> None:
+async def check(response: httpx.Response) -> None:
+    """Raise a `LaunchError` that says what the pipeline has refused."""
     if response.is_success:
         return
     body = await response.aread()
@@ -116,7 +118,8 @@ def _error_text(body: dict[str, Any]) -> str:
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The data of server-sent events."""
     async for line in response.aiter_lines():
         data = line.removeprefix("data: ")
         if data != line and data != "[DONE]":

@@ -79,6 +79,9 @@ PAGES = {  # besides the chat page
     "chapter3": {"Router page": "/router"},
     "chapter4": {"Router page": "/router"},
 }
+AGENTS = {"chapter4"}  # whose --ask is a task for an agent
+# What the model that comes with the project must call for it, since it cannot choose.
+PLAN = ("search_documents", "calculator")
 
 
 def components(chapter: str) -> tuple[Component, ...]:

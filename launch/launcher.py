@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from launch.arguments import HTTP_PORT, parse_arguments
-from launch.ask import ask
+from launch.asking import answer_questions
 from launch.chapters import EXTERNAL_BACKENDS, PAGES, SURVIVE, Options, check_chapter
 from launch.child import READY_TIMEOUT, Child, ChildFailedError
 from launch.children import Children
@@ -210,11 +210,7 @@ async def _work(running: Pipeline, arguments: argparse.Namespace) -> None:
             print(f"{name}: {running.url}{path}")
         print("Ctrl-C stops everything.", flush=True)
         await asyncio.get_running_loop().create_future()  # until it is cancelled
-    for question in arguments.ask:
-        if len(arguments.ask) > 1:
-            print(f"> {question}", flush=True)
-        stats = await ask(running.url, question, lambda text: print(text, end="", flush=True))
-        print(f"\n{stats}", flush=True)
+    await answer_questions(running.url, arguments)
 
 
 def _goes_on_without(running: Pipeline, child: Child) -> bool:

@@ -1,0 +1,101 @@
+"""One task for an agent of a running pipeline: what it does as it happens, and what it took."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from launch.ask import TIMEOUT, check, events_of, served_model
+from launch.errors import LaunchError
+
+import httpx
+
+MAX_ANSWER_TOKENS = 256
+SHOWN = 160  # characters of a tool's output
+
+
+async def ask_agent(
+    url: str,
+    task: str,
+    on_text: Callable[[str], None],
+    *,
+    tools: bool,
+    plan: Sequence[str] = (),
+) -> str:
+    """Give the agent at `url` one task; `on_text` gets its steps and its answer in pieces.
+
+    `plan` names tools that it must call first, in this order. Returns what it took.
+
+    Raises:
+        LaunchError: the pipeline refused the request or failed at work on it.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False) as client:
+        try:
+            return await _stream(client, task, on_text, tools, plan)
+        except httpx.HTTPError as error:
+            raise LaunchError(
+                f"the request to {url} failed: {type(error).__name__}: {error}"
+            ) from error
+
+
+async def _stream(
+    client: httpx.AsyncClient,
+    task: str,
+    on_text: Callable[[str], None],
+    tools: bool,
+    plan: Sequence[str],
+) -> str:
+    builtin = {"type": "mcp", "server_label": "builtin", "require_approval": "never"}
+    request = {
+        "model": await served_model(client),
+        "input": task,
+        "temperature": 0,
+        "max_output_tokens": MAX_ANSWER_TOKENS,
+        "stream": True,
+        "store": False,
+        "tools": [builtin] if tools else [],
+        "nvext": {"tool_plan": list(plan)},
+    }
+    sent = time.perf_counter()
+    async with client.stream("POST", "/v1/responses", json=request) as response:
+        await check(response)
+        async for event in events_of(response):
+            match event.get("type"):
+                case "response.output_text.delta":
+                    on_text(event["delta"])
+                case "response.output_item.done":
+                    on_text(_call(event["item"]))
+                case "response.completed" | "response.incomplete":
+                    return _took(event["response"], time.perf_counter() - sent)
+                case "response.failed":
+                    raise LaunchError(f"the run failed: {event['response']['error']['message']}")
+                case "error":
+                    raise LaunchError(f"the run failed: {event['message']}")
+    raise LaunchError("the run ended without its last event")
+
+
+def _call(item: dict[str, Any]) -> str:
+    """A call of a tool and what it said, as lines."""
+    if item["type"] != "mcp_call":
+        return ""
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in json.loads(item["arguments"]).items()
+    )
+    said = item["error"] if item.get("error") else item["output"]
+    said = " ".join(str(said).split())
+    said = said if len(said) <= SHOWN else f"{said[:SHOWN]} …"
+    return f"[{item['name']}({arguments}) -> {said}]\n"
+
+
+def _took(response: dict[str, Any], seconds: float) -> str:
+    usage = response["usage"]
+    calls = sum(item["type"] == "mcp_call" for item in response["output"])
+    cached = usage["input_tokens_details"]["cached_tokens"]
+    ended = response["status"]
+    if ended == "incomplete":
+        ended = f"incomplete: {response['incomplete_details']['reason']}"
+    return (
+        f"{ended} in {seconds:.1f} s · {calls} tool calls · {usage['input_tokens']} prompt tokens, "
+        f"{cached} of them cached · {usage['output_tokens']} completion tokens"
+    )
