@@ -60,7 +60,7 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=
     need not be computed but can be fetched.
 
     `retain_s` asks to keep the blocks of the request for so long after its end while others can
-    be evicted instead; an engine without such a choice evicts as ever.
+    be evicted instead, of at most half of the cache. SGLang and vLLM have no such time: ignored.
     """
 
     token_ids: list[int]
@@ -136,7 +136,8 @@ class EngineMetrics(msgspec.Struct, omit_defaults=True):
 
     `used_blocks` are those of running requests' prompts and outputs, computed or not yet.
     `received_tokens` are prompt tokens whose KV came from another engine; `failed_transfers`
-    counts prompts that were computed here because their KV did not come.
+    counts prompts that were computed here because their KV did not come. `retained_blocks` are
+    kept for requests that are to come; others may have them when nothing else is left.
     """
 
     running: int
@@ -148,6 +149,7 @@ class EngineMetrics(msgspec.Struct, omit_defaults=True):
     output_tokens: int = 0
     received_tokens: int = 0
     failed_transfers: int = 0
+    retained_blocks: int = 0
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):

@@ -4,15 +4,18 @@ Pure bookkeeping. A *sequence* is a run of tokens with a small id, as in llama.c
 blocks are shared with every sequence that has the same prefix, its partial last block (the
 *tail*) is its own. The blocks form a tree: a sequence that holds a block holds all of its
 ancestors. A finished sequence stays as the holder of blocks that nothing else holds, and is
-forgotten from its last block backwards, the least recently used first.
+forgotten from its last block backwards, the least recently used first; one that is retained
+for its next request only when no other is left, see `retention`.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 
-from common.engines.blocks import Block, CachedSequence, CellMemory, add_stored, is_same
-from common.kv import AllBlocksCleared, BlockRemoved, KvEvent, block_hash
+from common.engines.blocks import Block, CachedSequence, CellMemory, is_same
+from common.engines.cache_events import add_removed, add_stored
+from common.engines.retention import SHARE, Retention
+from common.kv import AllBlocksCleared, KvEvent, block_hash
 
 
 class BlockCache:
@@ -27,6 +30,7 @@ class BlockCache:
         self.running: dict[int, CachedSequence] = {}
         self.finished: OrderedDict[int, CachedSequence] = OrderedDict()  # least recent first
         self.free_ids = list(range(max_sequences - 1, -1, -1))
+        self.retention = Retention(int(SHARE * cells) // block_size)
         self._memory = memory
         self._tail_cells = 0
         self._active_blocks = 0
@@ -75,9 +79,9 @@ class BlockCache:
         """
         source = next(iter(matched[-1].holders)) if matched else None
         if not self.free_ids:
-            victim = next((id_ for id_ in self.finished if id_ != source), None)
+            victim = self.retention.victim(self.finished, source)
             if victim is not None:
-                self._forget(self.finished[victim])
+                self._forget(victim)
             elif source is not None and source in self.finished:
                 return self._resume(self.finished[source], matched)
             else:
@@ -103,9 +107,10 @@ class BlockCache:
         if cells > self.available_cells:
             return False
         while self.free_cells < cells:
-            oldest = next(iter(self.finished.values()))
-            self._drop_blocks(oldest, len(oldest.blocks) - 1)
-            self._forget_if_contained(oldest)
+            victim = self.retention.victim(self.finished)
+            assert victim is not None  # noqa: S101 (only finished sequences hold what is available)
+            self._drop_blocks(victim, len(victim.blocks) - 1)
+            self._forget_if_contained(victim)
         return True
 
     def append(self, sequence: CachedSequence, tokens: Tokens[int]) -> None:
@@ -127,7 +132,7 @@ class BlockCache:
                 self._memory.remove(sequence.id, start, start + self.block_size)
                 holder = next(iter(block.holders))
                 self._memory.share(holder, sequence.id, start, start + self.block_size)
-                self._emit_stored(stored)
+                add_stored(self._events, stored, self.block_size)
                 stored = []
             else:
                 sequence.sealed = True
@@ -136,7 +141,7 @@ class BlockCache:
             self._hold(sequence, block)
             if len(block.holders) == 2:
                 self._forget_contained_holder(block, sequence)
-        self._emit_stored(stored)
+        add_stored(self._events, stored, self.block_size)
 
     def finish(self, sequence: CachedSequence) -> None:
         """Stop running: free the tail and keep the full blocks for others, until evicted."""
@@ -184,6 +189,7 @@ class BlockCache:
         for block in blocks:
             self._hold(sequence, block)
             sequence.tokens.extend(block.tokens)
+        self.retention.taken_up(blocks[-1].holders, len(sequence.blocks))
         if source in self.finished:
             self._forget_if_contained(self.finished[source])
 
@@ -202,6 +208,7 @@ class BlockCache:
 
     def _resume(self, sequence: CachedSequence, matched: list[Block]) -> CachedSequence:
         """Run on in a finished sequence, cut to the matched blocks: for when ids run out."""
+        self.retention.end(sequence.id)
         self._drop_blocks(sequence, len(matched))
         self.running[sequence.id] = self.finished.pop(sequence.id)
         for block in matched:
@@ -220,6 +227,7 @@ class BlockCache:
             self._forget(finished)
 
     def _forget(self, sequence: CachedSequence) -> None:
+        self.retention.end(sequence.id)
         self._drop_blocks(sequence, 0)
         del self.finished[sequence.id]
         self.free_ids.append(sequence.id)
@@ -237,10 +245,4 @@ class BlockCache:
                 removed.append(block.hash)
         del sequence.blocks[keep:]
         del sequence.tokens[keep * self.block_size :]
-        if removed and self._events and isinstance(self._events[-1], BlockRemoved):
-            self._events[-1].block_hashes.extend(removed)
-        elif removed:
-            self._events.append(BlockRemoved(removed))
-
-    def _emit_stored(self, blocks: list[Block]) -> None:
-        add_stored(self._events, blocks, self.block_size)
+        add_removed(self._events, removed)

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.kv import BlockStored, KvEvent
-
 
 class CellMemory(Protocol):
     """The memory whose cells the cache accounts for; positions are in tokens, `end` exclusive."""
@@ -21,7 +19,8 @@ class CellMemory(Protocol):
 class Block:
     """`block_size` tokens that follow those of `parent`.
 
-    `holders` are the ids of the sequences that share it; `active` counts the running ones.
+    `holders` are the ids of the sequences that share it; `active` counts the running ones,
+    `retained` those that are kept for a next request.
     """
 
     hash: int
@@ -29,6 +28,7 @@ class Block:
     tokens: tuple[int, ...]
     holders: set[int] = field(default_factory=set)
     active: int = 0
+    retained: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -47,18 +47,3 @@ class CachedSequence:
 def is_same(block: Block, parent: Block | None, tokens: Sequence[int]) -> bool:
     """Equal hashes are not proof: the content decides, so a collision cannot corrupt."""
     return block.parent is parent and block.tokens == tuple(tokens)
-
-
-def add_stored(events: list[KvEvent], blocks: Sequence[Block], block_size: int) -> None:
-    """Add the event that a run of consecutive blocks is cached from now on."""
-    if not blocks:
-        return
-    parent = blocks[0].parent.hash if blocks[0].parent else None
-    hashes = [block.hash for block in blocks]
-    tokens = [token for block in blocks for token in block.tokens]
-    last = events[-1] if events else None
-    if isinstance(last, BlockStored) and last.block_hashes[-1] == parent:
-        last.block_hashes += hashes
-        last.token_ids += tokens
-    else:
-        events.append(BlockStored(hashes, parent, tokens, block_size))

@@ -96,6 +96,7 @@ class LlamaCppEngine:
             metrics,
             waiting=waiting + self._handover.fetching,
             failed_transfers=self._handover.failed + self._inference.failed_imports,
+            retained_blocks=self._cache.retention.blocks_now(),  # time passes without a step
         )
 
     def generate(

@@ -34,7 +34,8 @@ class ScheduledRequest:
 
     `tokens` is the prompt and, after it, the output, of which another engine may have
     `generated` the beginning; `received` is what is still to be taken over of that one's KV.
-    With `prefill_only` another engine goes on after the first token. `block_hashes` are those of
+    With `prefill_only` another engine goes on after the first token. For `retain_s` after its
+    end its blocks are to be kept. `block_hashes` are those of
     the full blocks of `tokens` when it began to wait. `closed` is set when the caller has left.
     Times are in seconds of `time.perf_counter`.
     """
@@ -47,6 +48,7 @@ class ScheduledRequest:
     generated: int = 0
     prefill_only: bool = False
     received: ReceivedKv | None = None
+    retain_s: float = 0.0
     stream: OutputStream = field(default_factory=OutputStream)
     block_hashes: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -193,6 +195,7 @@ def schedule(
         context=context,
         generated=generated,
         prefill_only=request.prefill_only,
+        retain_s=request.retain_s,
     )
 
 

@@ -85,12 +85,15 @@ class Scheduler:
         return stopped
 
     def finish(self, request: ScheduledRequest) -> None:
-        """Take the request out; its full blocks stay cached."""
+        """Take the request out; its full blocks stay cached, and are retained if it says so."""
         sequence = self.running.pop(request, None)
         if sequence is None:
             self.waiting.remove(request)
-        else:
-            self.cache.finish(sequence)
+            return
+        self.cache.finish(sequence)
+        if request.retain_s > 0 and sequence.id in self.cache.finished:
+            prompt_blocks = request.prompt_length // self.cache.block_size
+            self.cache.retention.add(sequence, request.retain_s, prompt_blocks)
 
     def plan(self) -> list[Work]:
         """The work of the next step, with cells reserved for it; empty if there is none."""
@@ -132,6 +135,7 @@ class Scheduler:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             received_tokens=self._received_tokens,
+            retained_blocks=self.cache.retention.blocks_now(),
         )
 
     def _admit(self) -> None:
@@ -212,6 +216,6 @@ class Scheduler:
         self._cached_tokens += reused
 
     def _preempt(self, request: ScheduledRequest) -> None:
-        self.finish(request)
+        self.cache.finish(self.running.pop(request))
         request.block_hashes = block_hashes(request.tokens, self.cache.block_size)
         self.waiting.appendleft(request)

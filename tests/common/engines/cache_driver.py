@@ -90,6 +90,7 @@ def check_cache(cache: BlockCache, memory: WritableMemory, events: list[KvEvent]
     for sequence in cache.finished.values():
         assert len(sequence.blocks) * cache.block_size == len(sequence.tokens)
         assert sequence.blocks[-1].holders == {sequence.id}, "contained in another sequence"
+    check_retention(cache)
     used = memory.used_cells()
     assert used is None or cache.cells - used == cache.free_cells
     active = {block for s in cache.running.values() for block in s.blocks}
@@ -98,6 +99,17 @@ def check_cache(cache: BlockCache, memory: WritableMemory, events: list[KvEvent]
     assert 0 <= cache.free_cells <= cache.available_cells <= cache.cells
     cache.publish()
     assert replay(events) == set(cache.index)
+
+
+def check_retention(cache: BlockCache) -> None:
+    """Assert that retained blocks are those of retained sequences, which are finished, and few."""
+    retention = cache.retention
+    retained = [s for id_, s in cache.finished.items() if id_ in retention]
+    assert not any(id_ in retention for id_ in [*cache.running, *cache.free_ids])
+    held = Counter(block.hash for sequence in retained for block in sequence.blocks)
+    assert held == Counter({h: b.retained for h, b in cache.index.items() if b.retained})
+    assert len(held) == retention.blocks <= retention.limit
+    assert retention.limit * cache.block_size <= cache.cells / 2
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -123,6 +135,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.memory, cells=self.cells, block_size=self.block_size, max_sequences=self.ids
         )
         self.cache.subscribe(self.events.extend)
+        self.now = 0.0
+        self.cache.retention.clock = lambda: self.now
+        self.until: dict[int, float] = {}  # of sequences that were retained, by id
         self.running: list[tuple[CachedSequence, list[int]]] = []
 
     @precondition(lambda self: len(self.running) < self.ids)
@@ -151,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
         sequence, prompt = data.draw(st.sampled_from(self.running))
         missing = prompt[len(sequence.tokens) :] or [data.draw(st.integers(0, 1))]
         chunk = missing[: data.draw(st.integers(1, min(len(missing), self.max_chunk)))]
-        if self.cache.reserve(len(chunk)):
+        if self._reserve(len(chunk)):
             self.memory.write(sequence.id, len(sequence.tokens), chunk)
             self.cache.append(sequence, chunk)
 
@@ -173,7 +188,16 @@ class CacheMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.running))
         self.running.remove(request)
-        self.cache.finish(request[0])
+        sequence, prompt = request
+        self.cache.finish(sequence)
+        retain_s = data.draw(st.sampled_from([0.0, 0.0, 2.0, 20.0]))
+        if retain_s and sequence.id in self.cache.finished:
+            self.until[sequence.id] = self.now + retain_s
+            self.cache.retention.add(sequence, retain_s, len(prompt) // self.block_size)
+
+    @rule(seconds=st.floats(0.1, 10.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
 
     @rule()
     def clear(self) -> None:
@@ -183,8 +207,24 @@ class CacheMachine(RuleBasedStateMachine):
     def reserve(self, data: st.DataObject) -> None:
         cells = data.draw(st.integers(0, self.cells))
         available = self.cache.available_cells
-        assert self.cache.reserve(cells) == (cells <= available)
+        assert self._reserve(cells) == (cells <= available)
         assert self.cache.free_cells >= min(cells, available) or cells > available
+
+    def _reserve(self, cells: int) -> bool:
+        """Reserve; what is retained goes only if there is not enough else."""
+        kept = [
+            sequence
+            for id_, sequence in self.cache.finished.items()
+            if id_ in self.cache.retention and self.until[id_] > self.now
+        ]
+        blocks = {block for sequence in kept for block in sequence.blocks}
+        idle = sum(1 for block in blocks if not block.active)
+        enough = cells <= self.cache.available_cells - idle * self.block_size
+        reserved = self.cache.reserve(cells)
+        if enough:
+            assert all(self.cache.index.get(block.hash) is block for block in blocks)
+            assert all(sequence.id in self.cache.retention for sequence in kept)
+        return reserved
 
     @invariant()
     def everything_agrees(self) -> None:
