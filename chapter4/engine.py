@@ -131,7 +131,7 @@ async def serve(
 async def _finish_lending(transfer: KvTransfer, limit_s: float) -> None:
     """Those who are to decode would have to compute again what is not there any more."""
     lent_bytes = transfer.lender.lent_bytes
-    if lent_bytes and limit_s > 0:
+    if lent_bytes:
         log.info("draining: %d bytes of KV are still to be fetched", lent_bytes)
         try:
             async with asyncio.timeout(limit_s):

@@ -6,6 +6,7 @@ messages (sd_notify: datagrams to the socket named by NOTIFY_SOCKET) and notices
 needs no event loop, so synchronous code can use a running child as well.
 """
 
+import contextlib
 import os
 import selectors
 import signal
@@ -196,11 +197,12 @@ class Child:
                 while ended not in sources:
                     sources = {key.fd for key, _ in selector.select()}
                     if notify.fileno() in sources:
-                        self._on_notify(notify.recv(65536).decode(errors="replace"))
+                        self._read_messages(notify)
                     if output in sources and not self._read_output(output):
                         selector.unregister(output)
-            # What its own children still wrote comes before the end.
+            # What it said last, and what its own children still wrote, comes before the end.
             os.killpg(process.pid, signal.SIGKILL)
+            self._read_messages(notify)
             self._read_output(output)
             if self._unfinished_line:
                 self._on_line(self._unfinished_line)
@@ -221,6 +223,11 @@ class Child:
         for line in lines:
             self._on_line(line)
         return bool(data)
+
+    def _read_messages(self, notify: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._on_notify(notify.recv(65536, socket.MSG_DONTWAIT).decode(errors="replace"))
 
     def _on_line(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip("\r")

@@ -74,6 +74,12 @@ async def test_a_crash_shows_status_and_last_lines(children: Children) -> None:
     assert str(await children.first_failure()) == str(failure.value)
 
 
+async def test_what_a_child_says_last_is_heard_however_soon_it_ends(children: Children) -> None:
+    child = children.start("a", program("for i in range(100): ready(b'STATUS=%d' % i)"))
+    with pytest.raises(ChildFailedError, match="last status: 99"):
+        await child.wait_ready()
+
+
 async def test_only_the_last_twenty_lines_are_shown(children: Children) -> None:
     child = children.start("a", program("for i in range(100): print('line', i)"))
     with pytest.raises(ChildFailedError) as failure:
