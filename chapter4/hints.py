@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from common.openai import (
-    ChatCompletionRequest,
     CompletionRequest,
+    ToolChatRequest,
     request_body_docs,
 )
 from common.openai_fields import StrictModel, parse
@@ -70,7 +70,7 @@ _NVEXT = (
 _RoutingNvextField = Annotated[RoutingNvext | None, Field(description=_NVEXT)]
 
 
-class RoutedChatRequest(ChatCompletionRequest):
+class RoutedChatRequest(ToolChatRequest):
     """The body of POST /v1/chat/completions."""
 
     nvext: _RoutingNvextField = None

@@ -4,10 +4,11 @@ from collections.abc import AsyncGenerator
 
 from common.dispatch import dispatch
 from common.openai import (
-    ChatCompletionRequest,
     CompletionRequest,
+    ToolChatRequest,
     client_error,
     to_process_request,
+    to_tool_process_request,
 )
 from common.protocol import (
     EngineInfo,
@@ -39,7 +40,7 @@ def migration_counter(registry: CollectorRegistry) -> Counter:
 
 async def ask_processor(
     processor: Client,
-    request: ChatCompletionRequest | CompletionRequest,
+    request: ToolChatRequest | CompletionRequest,
     hints: RoutingHints,
     context: Context,
     migrations: Counter,
@@ -53,7 +54,12 @@ async def ask_processor(
         PipelineError: the request failed, at any point of the stream.
     """
     last: TextOutput | None = None
-    wire = {**to_wire(to_process_request(request)), "hints": to_wire(hints)}
+    question = (
+        to_tool_process_request(request)
+        if isinstance(request, ToolChatRequest)
+        else to_process_request(request)
+    )
+    wire = {**to_wire(question), "hints": to_wire(hints)}
     try:
         async for item in dispatch(
             lambda: processor.round_robin(wire, annotated=False, context=context), context

@@ -7,7 +7,7 @@ from common.frontend_metrics import RequestMetrics
 from common.http import client_gone
 from common.http_errors import CANCELLED, json_error, outcome
 from common.openai import (
-    ChatCompletionRequest,
+    ChatRequest,
     ChatStream,
     CompletionRequest,
     CompletionStream,
@@ -34,7 +34,7 @@ class Answer(Response):
 
     def __init__(
         self,
-        request: ChatCompletionRequest | CompletionRequest,
+        request: ChatRequest | CompletionRequest,
         request_id: str,
         outputs: AsyncIterator[TextOutput],
         context: Context,
@@ -91,7 +91,7 @@ class Answer(Response):
         """Send `output` and all that follows; returns the kind of the error that ended it."""
         events = (
             ChatStream(self.request_id, self.request)
-            if isinstance(self.request, ChatCompletionRequest)
+            if isinstance(self.request, ChatRequest)
             else CompletionStream(self.request_id, self.request)
         )
         headers = [
@@ -116,7 +116,7 @@ class Answer(Response):
             request_log(self.request_id).warning("%s: %s", what, error)
 
     def _document(self, outputs: list[TextOutput]) -> Response:
-        if isinstance(self.request, ChatCompletionRequest):
+        if isinstance(self.request, ChatRequest):
             body = chat_response(self.request_id, self.request, outputs)
         else:
             body = completion_response(self.request_id, self.request, outputs)

@@ -14,6 +14,7 @@ from common.openai_docs import (
 from common.openai_errors import client_error, error_response, sse_error
 from common.openai_requests import (
     ChatCompletionRequest,
+    ChatRequest,
     CompletionRequest,
     parse_chat,
     parse_completion,
@@ -28,6 +29,7 @@ from common.openai_responses import (
     model_list,
 )
 from common.openai_stream import ChatStream, CompletionStream
+from common.openai_tools import ToolChatRequest, to_tool_process_request
 
 __all__ = [
     "CHAT_RESPONSES",
@@ -35,11 +37,13 @@ __all__ = [
     "MODEL_LIST_RESPONSES",
     "MODEL_RESPONSES",
     "ChatCompletionRequest",
+    "ChatRequest",
     "ChatStream",
     "CompletionRequest",
     "CompletionStream",
     "ModelCard",
     "ModelList",
+    "ToolChatRequest",
     "chat_response",
     "client_error",
     "completion_response",
@@ -51,4 +55,5 @@ __all__ = [
     "request_body_docs",
     "sse_error",
     "to_process_request",
+    "to_tool_process_request",
 ]

@@ -9,7 +9,7 @@ import re
 from typing import Any, NamedTuple
 
 from common.openai_objects import ErrorDocument, ErrorObject
-from common.openai_requests import ChatCompletionRequest, CompletionRequest
+from common.openai_requests import GenerationRequest
 from common.protocol import ErrorInfo, ErrorKind
 
 import msgspec
@@ -25,25 +25,22 @@ _SHAPES: dict[ErrorKind, _Shape] = {
     "invalid_request": _Shape(400, "invalid_request_error", None),
     "too_large": _Shape(413, "invalid_request_error", "request_too_large"),
     "model_not_found": _Shape(404, "invalid_request_error", "model_not_found"),
+    "not_found": _Shape(404, "invalid_request_error", "not_found"),
+    "conflict": _Shape(409, "invalid_request_error", "conflict"),
     "overloaded": _Shape(429, "rate_limit_error", "overloaded"),
     "unavailable": _Shape(503, "server_error", "unavailable"),
     "internal": _Shape(500, "server_error", "internal_error"),
 }
 
 
-def client_error(request: ChatCompletionRequest | CompletionRequest, info: ErrorInfo) -> ErrorInfo:
+def client_error(request: GenerationRequest, info: ErrorInfo) -> ErrorInfo:
     """`info`, which a component behind the frontend sent, in terms of what the client sent.
 
     The components have names of their own for some fields, and a client may have used another
     of two names; both `param` and the mention in the message become the client's. Applied
     twice it changes nothing more.
     """
-    names = {
-        "json_schema": "response_format",
-        "token_ids": "messages" if isinstance(request, ChatCompletionRequest) else "prompt",
-    }
-    if isinstance(request, ChatCompletionRequest) and request.max_tokens is None:
-        names["max_tokens"] = "max_completion_tokens"
+    names = request.field_names()
     if info.param not in names:
         return info
     name = names[info.param]

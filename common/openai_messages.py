@@ -13,7 +13,7 @@ import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 
-def _text_of(content: Any) -> str:
+def text_of(content: Any) -> str:
     """A message's content, a string or a list of text parts, as one string."""
     if isinstance(content, str):
         return content
@@ -48,7 +48,7 @@ class Message(StrictModel):
 
     unsupported = MESSAGE_MEMBERS
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[str, BeforeValidator(text_of, json_schema_input_type=str | list[TextPart])]
 
 
 class JsonSchema(StrictModel):

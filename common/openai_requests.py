@@ -121,6 +121,10 @@ class GenerationRequest(StrictModel):
         """Whether a stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    def field_names(self) -> dict[str, str]:
+        """What the client calls the fields that the pipeline has other names for."""
+        return {"token_ids": "prompt"}
+
     def extra_fields(self) -> frozenset[str]:
         """The members of `nvext` that the answer shall have."""
         return frozenset(self.nvext.extra_fields if self.nvext else ())
@@ -149,17 +153,9 @@ class GenerationRequest(StrictModel):
         )
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """The body of POST /v1/chat/completions."""
+class ChatRequest(GenerationRequest):
+    """A chat, whatever its messages may be."""
 
-    messages: Annotated[
-        list[Message],
-        Field(
-            min_length=1,
-            description="a list of messages with a role (system, developer, user, assistant) "
-            "and a content (a string, or a list of text parts)",
-        ),
-    ]
     max_completion_tokens: Annotated[
         TokenCount | None, Field(description="an integer from 1, the new name of max_tokens")
     ] = None
@@ -186,6 +182,28 @@ class ChatCompletionRequest(GenerationRequest):
 
     def token_limit(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
+
+    def field_names(self) -> dict[str, str]:
+        limit = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
+        return {"json_schema": "response_format", "token_ids": "messages", "max_tokens": limit}
+
+    def chat_sampling(self) -> SamplingParams:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        schema = self.response_format.schema_text() if self.response_format else None
+        return self.sampling(logprobs=logprobs, json_schema=schema)
+
+
+class ChatCompletionRequest(ChatRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[
+        list[Message],
+        Field(
+            min_length=1,
+            description="a list of messages with a role (system, developer, user, assistant) "
+            "and a content (a string, or a list of text parts)",
+        ),
+    ]
 
 
 class CompletionRequest(GenerationRequest):
@@ -220,16 +238,13 @@ def to_process_request(request: ChatCompletionRequest | CompletionRequest) -> Pr
             sampling=request.sampling(logprobs=request.logprobs, json_schema=None),
             stop=request.stop or [],
         )
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    schema = request.response_format.schema_text() if request.response_format else None
     return ProcessRequest(
         model=request.model,
         messages=[_chat_message(message) for message in request.messages],
-        sampling=request.sampling(logprobs=logprobs, json_schema=schema),
+        sampling=request.chat_sampling(),
         stop=request.stop or [],
     )
 
 
 def _chat_message(message: Message) -> ChatMessage:
-    role = "system" if message.role == "developer" else message.role
-    return ChatMessage(role=role, content=message.content)
+    return ChatMessage("system" if message.role == "developer" else message.role, message.content)

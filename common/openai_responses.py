@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from common.openai_objects import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -20,10 +21,11 @@ from common.openai_objects import (
     CompletionChoice,
     CompletionLogprobs,
     Extension,
+    ToolCallObject,
     UsageDetails,
     UsageObject,
 )
-from common.openai_requests import ChatCompletionRequest, CompletionRequest
+from common.openai_requests import ChatRequest, CompletionRequest
 from common.protocol import (
     EngineInfo,
     ErrorInfo,
@@ -32,6 +34,7 @@ from common.protocol import (
     TextOutput,
     Usage,
 )
+from common.protocol_tools import ToolCall, ToolCallDelta
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -73,9 +76,7 @@ def model_list(info: EngineInfo, created: int) -> ModelList:
     return ModelList(data=[model_document(info, info.model, created)])
 
 
-def chat_response(
-    request_id: str, request: ChatCompletionRequest, outputs: list[TextOutput]
-) -> bytes:
+def chat_response(request_id: str, request: ChatRequest, outputs: list[TextOutput]) -> bytes:
     """The JSON of a whole answer, from all the items that the processor streamed.
 
     Raises:
@@ -83,9 +84,17 @@ def chat_response(
             missing.
     """
     text, logprobs, finish_reason, last = _gather(outputs)
+    calls = [
+        ToolCallObject(call.id, "function", CalledFunction(call.name, call.arguments))
+        for call in gather_calls([delta for output in outputs for delta in output.tool_calls])
+    ]
     choice = ChatChoice(
         index=0,
-        message=AssistantMessage(role="assistant", content=text),
+        message=AssistantMessage(
+            role="assistant",
+            content=None if calls and not text else text,
+            tool_calls=calls or UNSET,
+        ),
         logprobs=chat_logprobs(logprobs) if logprobs else None,
         finish_reason=finish_reason,
     )
@@ -129,6 +138,15 @@ def failure(output: TextOutput) -> ErrorInfo | None:
     if output.finish_reason == "cancelled":
         return ErrorInfo("unavailable", "The answer was cancelled before it was complete.")
     return output.error
+
+
+def gather_calls(deltas: list[ToolCallDelta]) -> list[ToolCall]:
+    """The calls whose pieces these are, in order."""
+    calls: dict[int, ToolCall] = {}
+    for delta in deltas:
+        call = calls.setdefault(delta.index, ToolCall(delta.id or "", delta.name or "", ""))
+        call.arguments += delta.arguments
+    return [calls[index] for index in sorted(calls)]
 
 
 class _Answer(NamedTuple):

@@ -9,9 +9,10 @@ have no `system_fingerprint`, as in `openai_objects`.
 """
 
 import time
+from typing import Any
 
 from common.openai_errors import sse_error
-from common.openai_requests import ChatCompletionRequest, CompletionRequest
+from common.openai_requests import ChatRequest, CompletionRequest
 from common.openai_responses import (
     TextOffsets,
     chat_logprobs,
@@ -19,7 +20,9 @@ from common.openai_responses import (
     failure,
     usage_object,
 )
+from common.openai_tools import ToolChatRequest
 from common.protocol import TextOutput
+from common.protocol_tools import ToolCallDelta
 
 import msgspec
 from msgspec import UNSET
@@ -32,23 +35,28 @@ _encode = msgspec.json.encode
 class ChatStream:
     """The events of one answer of POST /v1/chat/completions.
 
-    The first item's bytes begin with the chunk that names the role; the last item's end with
+    The first item's bytes begin with the chunk that names the role, with a content of null if
+    the item has a call and no text; the last item's end with
     the finish reason, `nvext` and the token counts if asked for, and `[DONE]`. An item with
     an `error`, or whose answer was cancelled, becomes an error event; nothing may follow it.
     """
 
-    def __init__(self, request_id: str, request: ChatCompletionRequest) -> None:
+    def __init__(self, request_id: str, request: ChatRequest) -> None:
         self._frame = _Frame("chatcmpl-", "chat.completion.chunk", request_id, request)
         self._head = self._frame.choice_head + b'"delta":{"content":'
         self._tail = b'},"logprobs":null,"finish_reason":null}' + self._frame.tail
-        role = b'"delta":{"role":"assistant","content":"","refusal":null}'
-        self._start = self._frame.choice(role + b',"logprobs":null,"finish_reason":null')
+        self._start = self._role(b'""')
+        self._calls_possible = isinstance(request, ToolChatRequest) and request.may_call()
 
     def chunk(self, output: TextOutput) -> bytes:
         """The events that tell about `output`; b"" if there is nothing to tell yet."""
+        if self._calls_possible and msgspec.structs.replace(output, tokens=0) == TextOutput():
+            return b""  # of the role too: whether there is a content is not known yet
         start, self._start = self._start, b""
         if error := failure(output):
             return start + sse_error(error)
+        if start and output.tool_calls and not output.text:
+            start = self._role(b"null")
         events = start
         if output.logprobs:
             body = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null'
@@ -56,9 +64,23 @@ class ChatStream:
             events += self._frame.choice(body % (_encode(output.text), logprobs))
         elif output.text:
             events += self._head + _encode(output.text) + self._tail
+        for call in output.tool_calls:
+            events += self._call(call)
         if output.finish_reason is not None:
             events += self._frame.end(output, b'"delta":{},"logprobs":null')
         return events
+
+    def _role(self, content: bytes) -> bytes:
+        delta = b'"delta":{"role":"assistant","content":%b,"refusal":null}' % content
+        return self._frame.choice(delta + b',"logprobs":null,"finish_reason":null')
+
+    def _call(self, call: ToolCallDelta) -> bytes:
+        delta: dict[str, Any] = {"index": call.index, "function": {"arguments": call.arguments}}
+        if call.id is not None:
+            delta |= {"id": call.id, "type": "function"}
+            delta["function"] = {"name": call.name, **delta["function"]}
+        body = b'"delta":{"tool_calls":[%b]},"logprobs":null,"finish_reason":null'
+        return self._frame.choice(body % _encode(delta))
 
 
 class CompletionStream:
@@ -94,7 +116,7 @@ class _Frame:
         prefix: str,
         kind: str,
         request_id: str,
-        request: ChatCompletionRequest | CompletionRequest,
+        request: ChatRequest | CompletionRequest,
     ) -> None:
         common = {
             "id": prefix + request_id,

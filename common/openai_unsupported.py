@@ -44,3 +44,10 @@ MESSAGE_MEMBERS: Mapping[str, tuple[Any, ...]] = {
 }
 
 STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
+
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "tool_calls", "tool_call_id")
+TOOL_PARAMETERS = {name: values for name, values in PARAMETERS.items() if name not in _OF_TOOLS}
+TOOL_MESSAGE_MEMBERS = {
+    name: values for name, values in MESSAGE_MEMBERS.items() if name not in _OF_TOOLS
+}
+"""What is still refused where there are tools."""

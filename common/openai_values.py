@@ -20,6 +20,7 @@ Label = Annotated[
     Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"),
 ]
 """Text that goes to the log, so it must not look like several lines."""
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 def _plain_number(key: Any) -> int:

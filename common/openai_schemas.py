@@ -1,0 +1,142 @@
+"""JSON schemas in requests: which ones a function's arguments may have.
+
+A schema becomes a grammar, part of a prompt, and a check of what the model wrote. So it has a
+bounded size, also when its references are followed, and refers to nothing outside itself, for
+which a validator might go to the network.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from common.openai_fields import bad_value
+
+import jsonschema
+import msgspec
+
+MAX_SCHEMA_BYTES = 16 * 1024
+MAX_SCHEMA_DEPTH = 32
+MAX_EXPANDED_SCHEMAS = 2048
+"""Schemas within the schema, each reference counting as what it stands for."""
+
+_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_PLAIN_VALUES = ("const", "default", "enum", "examples")
+_REFUSED = ("$id", "$anchor", "$dynamicAnchor", "$dynamicRef", "$recursiveRef")
+
+_Problem = tuple[str, *tuple[str | int, ...]]
+
+
+def check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema`, the JSON schema of a function's arguments; `{}` means that there are none.
+
+    Raises:
+        PydanticCustomError: see `openai_fields.bad_value`.
+    """
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except ValueError as error:
+        raise bad_value("NaN and Infinity are no JSON numbers.") from error
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise bad_value(f"The schema is over the limit of {MAX_SCHEMA_BYTES} bytes.")
+    if problem := _problem(text):
+        raise bad_value(*problem)
+    return schema
+
+
+@functools.lru_cache(maxsize=256)  # an agent sends the same tools with every step
+def _problem(text: str) -> _Problem | None:
+    """What is wrong with the schema: a message, and the path to the culprit."""
+    schema = json.loads(text)
+    if not schema:
+        return None
+    if schema.get("type") != "object":
+        found = msgspec.json.encode(schema.get("type")).decode()
+        return f'Arguments are a JSON object: the type must be "object", not {found[:80]}.', "type"
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        return (f"The schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.",)
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        return f"No valid JSON schema: {error.message[:200]}.", *error.absolute_path
+    try:
+        _Expansion(schema).count(schema, ())
+    except ValueError as error:
+        return (str(error),)
+    return None
+
+
+class _Expansion:
+    """Follows the references of the schema `root`."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._counts: dict[str, int] = {}
+
+    def count(self, schema: Any, within: tuple[str, ...]) -> int:
+        """How many schemas `schema` stands for; it is part of what the references `within` name.
+
+        Raises:
+            ValueError: too many, or a reference that is refused.
+        """
+        if not isinstance(schema, dict):  # true or false
+            return 1
+        total = 1 + sum(self.count(nested, within) for nested in _nested(schema))
+        for keyword in _REFUSED:
+            if keyword in schema:
+                raise ValueError(f"'{keyword}' is not supported; '$ref' with '#/...' is.")
+        if "$ref" in schema:
+            total += self._count_reference(schema["$ref"], within)
+        if total > MAX_EXPANDED_SCHEMAS:
+            raise ValueError(
+                f"With its references followed, the schema has more than {MAX_EXPANDED_SCHEMAS} "
+                "schemas in it."
+            )
+        return total
+
+    def _count_reference(self, reference: str, within: tuple[str, ...]) -> int:
+        if reference in within:
+            raise ValueError(f"The schema is recursive: '{reference[:80]}' is part of itself.")
+        if len(within) == MAX_SCHEMA_DEPTH:
+            raise ValueError(f"References lead on more than {MAX_SCHEMA_DEPTH} times.")
+        if reference not in self._counts:
+            target = self._target(reference)
+            self._counts[reference] = self.count(target, (*within, reference))
+        return self._counts[reference]
+
+    def _target(self, reference: str) -> Any:
+        """What `reference`, such as `#/$defs/Place`, stands for."""
+        if reference != "#" and not reference.startswith("#/"):
+            raise ValueError(f"'{reference[:80]}' is not in the schema; '#/...' would be.")
+        node: Any = self._root
+        for step in reference.split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict | bool):
+            raise ValueError(f"'{reference[:80]}' names no schema.")
+        return node
+
+
+def _nested(schema: dict[str, Any]) -> Iterator[Any]:
+    """The schemas right within `schema`."""
+    for keyword, value in schema.items():
+        if keyword in _BY_NAME and isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, dict) and keyword not in _PLAIN_VALUES:
+            yield value
+        elif isinstance(value, list) and keyword not in _PLAIN_VALUES:
+            yield from (item for item in value if isinstance(item, dict))
+
+
+def _depth(node: Any) -> int:
+    depth = 0
+    level = [node]
+    while level:
+        depth += 1
+        children = (
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        )
+        level = [child for child in children if isinstance(child, dict | list)]
+    return depth
