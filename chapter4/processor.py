@@ -34,11 +34,12 @@ from common.protocol import (
     hop_error,
     to_wire,
 )
+from common.protocol_agent import ToolProcessRequest
 from common.protocol_router import WorkerState
-from common.protocol_routing import RoutedProcessRequest
 from common.telemetry import log, request_log
 from common.text import load_text_model
 from common.text_stream import TextStream
+from common.tool_calling import ToolCalling, has_tools
 from common.waiting import first_of, link
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
@@ -62,7 +63,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     async def process(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
         log = request_log(context.id())
         try:
-            async for output in answer(from_wire(request, RoutedProcessRequest), context):
+            async for output in answer(from_wire(request, ToolProcessRequest), context):
                 if output.usage is not None:
                     log.debug("%s after %s", output.finish_reason, output.usage)
                 yield to_wire(output)
@@ -71,37 +72,45 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             yield to_wire(TextOutput(error=error.info))
 
     async def answer(
-        request: RoutedProcessRequest, context: Context
+        request: ToolProcessRequest, context: Context
     ) -> AsyncGenerator[TextOutput, None]:
         """The life of one request: text to token ids, engine, token ids to text."""
         started = time.perf_counter()
         engine_is = known or await checked_engine(context)
-        prompt = await tokenize(model, request)
+        calling = ToolCalling(model, request) if has_tools(request) else None
+        sampling, stop = request.sampling, request.stop
+        if calling is not None:
+            sampling, stop = calling.sampling, calling.stop
+        prompt = await tokenize(model, request, calling.render if calling else None)
         check_fits(prompt, engine_is.context_length)
         text = TextStream(
             model,
-            request.stop,
-            min_tokens=request.sampling.min_tokens,
+            stop,
+            min_tokens=sampling.min_tokens,
             prompt_tokens=len(prompt),
             started=started,
+            visible=() if calling is None else calling.visible,
         )
-        progress = Progress(
-            prompt, request.sampling, engine_is.context_length, args.migration_limit
-        )
+        progress = Progress(prompt, sampling, engine_is.context_length, args.migration_limit)
         # Passing our context on is what carries a cancellation to the engine. To end the engine's
-        # work at a stop string, and not our own answer with it, takes a context of its own.
-        engine_context = context.detached(context.id()) if request.stop else context
-        linked = asyncio.ensure_future(link(context, engine_context)) if request.stop else None
+        # work at a stop string or a call, and not our own answer with it, takes one of its own.
+        may_end = bool(stop) or calling is not None
+        engine_context = context.detached(context.id()) if may_end else context
+        linked = asyncio.ensure_future(link(context, engine_context)) if may_end else None
         finished = False
         try:
             async for item in routed_stream(hops, request, progress, started, engine_context):
                 if finished:
                     continue  # a stream that is not read to its end looks like a broken engine
                 output = text.push(item)
+                if calling is not None:
+                    output = calling.push(output)
+                    if calling.done and output.usage is None:
+                        text.end(output)
                 output.migrations = progress.take_migrations()
                 finished = output.finish_reason is not None
                 yield output
-                if finished and request.stop:
+                if finished and may_end:
                     engine_context.stop_generating()
         except PipelineError:
             if not context.is_stopped():  # else it is why the router gave no answer

@@ -9,9 +9,11 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from common.protocol import ChatMessage, PipelineError
+from common.protocol_tools import FunctionTool, ToolCall
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -36,7 +38,10 @@ def without_default_system_prompt(source: str) -> str:
 
 
 class ChatTemplate:
-    """A compiled jinja2 template; it comes with a model, so it runs in a sandbox."""
+    """A compiled jinja2 template; it comes with a model, so it runs in a sandbox.
+
+    `takes_tools`: it has a part for tools.
+    """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         """Compile.
@@ -51,10 +56,17 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
+        self.source = source
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(
+            environment.parse(source)
+        )
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
-    def render(self, messages: list[ChatMessage]) -> str:
+    def render(self, messages: list[ChatMessage], tools: list[FunctionTool] | None = None) -> str:
         """The prompt whose continuation is the assistant's next message.
+
+        Tools and their calls have the shape that Hugging Face gives them:
+        https://huggingface.co/docs/transformers/chat_extras.
 
         Raises:
             PipelineError: kind `invalid_request`; the template refuses these messages, two
@@ -62,15 +74,56 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=[msgspec.to_builtins(message) for message in messages],
+                messages=_shaped(messages),
                 add_generation_prompt=True,
-                tools=None,
+                tools=[shaped_tool(tool) for tool in tools] if tools else None,
                 documents=None,
                 **self._tokens,
             )
         except jinja2.TemplateError as error:
             message = f"The model's chat template refuses the messages: {error}"
             raise PipelineError("invalid_request", message, "messages") from error
+
+
+def shaped_tool(tool: FunctionTool) -> dict[str, Any]:
+    """The tool as templates expect it, and OpenAI."""
+    parameters = tool.parameters or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _shaped(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    names = {call.id: call.name for message in messages for call in message.tool_calls}
+    shaped = []
+    for message in messages:
+        fields: dict[str, Any] = msgspec.to_builtins(message)
+        if message.tool_calls:
+            fields["tool_calls"] = [_shaped_call(call) for call in message.tool_calls]
+        if message.tool_call_id in names:
+            fields["name"] = names[message.tool_call_id]
+        shaped.append(fields)
+    return shaped
+
+
+def _shaped_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call_arguments(call)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def call_arguments(call: ToolCall) -> dict[str, Any]:
+    """The arguments of a call in the conversation.
+
+    Raises:
+        PipelineError: kind `invalid_request`; they are not a JSON object.
+    """
+    try:
+        arguments = json.loads(call.arguments)
+    except (ValueError, RecursionError) as error:
+        arguments = error
+    if not isinstance(arguments, dict):
+        message = f"The arguments of the call {call.id!r} must be the text of a JSON object."
+        raise PipelineError("invalid_request", message, "messages")
+    return arguments
 
 
 class _Generation(jinja2.ext.Extension):

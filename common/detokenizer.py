@@ -58,3 +58,17 @@ class DecodeStreamDetokenizer:
     def push(self, token_ids: Sequence[int]) -> str:
         step, tokenizer = self._stream.step, self._tokenizer
         return "".join([step(tokenizer, token_id) or "" for token_id in token_ids])
+
+
+class VisibleControls:
+    """Another detokenizer with the text of some control tokens, by their ids."""
+
+    def __init__(self, detokenizer: Detokenizer, visible: dict[int, str]) -> None:
+        self._detokenizer = detokenizer
+        self._visible = visible
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        push, visible = self._detokenizer.push, self._visible
+        return "".join(
+            visible[token_id] if token_id in visible else push([token_id]) for token_id in token_ids
+        )

@@ -1,6 +1,7 @@
 """A request's prompt: text or chat messages to token ids."""
 
 import asyncio
+from collections.abc import Callable
 
 from common.protocol import PipelineError, ProcessRequest
 from common.text import TextModel
@@ -8,8 +9,13 @@ from common.text import TextModel
 INLINE_CHARACTERS = 2048
 
 
-async def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
-    """The prompt's token ids, after the chat template if the request is a chat."""
+async def tokenize(
+    model: TextModel, request: ProcessRequest, render: Callable[[], str] | None = None
+) -> list[int]:
+    """The prompt's token ids, after the chat template if the request is a chat.
+
+    With `render`, the prompt's text is what that returns.
+    """
     if request.model != model.name:
         raise PipelineError(
             "model_not_found",
@@ -26,11 +32,14 @@ async def tokenize(model: TextModel, request: ProcessRequest) -> list[int]:
     messages = request.messages
 
     def encode() -> list[int]:
+        if render is not None:
+            return model.encode(render())
         return model.encode(prompt if messages is None else model.render_chat(messages))
 
     # A book takes seconds, and the other streams of this process must not wait for it.
     characters = len(prompt) + sum(len(message.content) + 20 for message in messages or [])
-    return await asyncio.to_thread(encode) if characters > INLINE_CHARACTERS else encode()
+    inline = render is None and characters <= INLINE_CHARACTERS
+    return encode() if inline else await asyncio.to_thread(encode)
 
 
 def check_fits(prompt: list[int], context_length: int) -> None:

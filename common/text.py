@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.chat_template import ChatTemplate, without_default_system_prompt
-from common.detokenizer import Detokenizer
+from common.detokenizer import Detokenizer, VisibleControls
 from common.model_files import find_model, served_name, tokenizer_folder
 from common.protocol import (
     ChatMessage,
@@ -14,6 +14,7 @@ from common.protocol import (
     PositionLogprobs,
     TokenLogprobs,
 )
+from common.protocol_tools import FunctionTool
 from common.stop_strings import StopStrings
 from common.tokenizer import GgufTokenizer, HuggingFaceTokenizer, Tokenizer
 
@@ -34,8 +35,10 @@ class TextModel:
         """Token ids, with one BOS in front if the model wants one; parses control tokens."""
         return self.tokenizer.encode(text)
 
-    def render_chat(self, messages: list[ChatMessage]) -> str:
-        """The prompt of the assistant's next message.
+    def render_chat(
+        self, messages: list[ChatMessage], tools: list[FunctionTool] | None = None
+    ) -> str:
+        """The prompt of the assistant's next message; see `ChatTemplate.render`.
 
         Raises:
             PipelineError: kind `invalid_request`; the model has no chat template, or its
@@ -44,11 +47,14 @@ class TextModel:
         if self.chat_template is None:
             message = f"The model {self.name} has no chat template; use /v1/completions."
             raise PipelineError("invalid_request", message, "messages")
-        return self.chat_template.render(messages)
+        return self.chat_template.render(messages, tools)
 
-    def detokenizer(self) -> Detokenizer:
-        """A new one, for one stream."""
-        return self.tokenizer.detokenizer()
+    def detokenizer(self, visible: Iterable[str] = ()) -> Detokenizer:
+        """A new one, for one stream; the control tokens `visible` have their text in it."""
+        control = self.tokenizer.control_ids
+        marks = {control[text]: text for text in visible if text in control}
+        detokenizer = self.tokenizer.detokenizer()
+        return VisibleControls(detokenizer, marks) if marks else detokenizer
 
     def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raise a `PipelineError`, kind `invalid_request`, for an id the model does not have."""

@@ -2,9 +2,11 @@
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from common.protocol import (
     EngineOutput,
+    EngineTimings,
     PipelineError,
     PositionLogprobs,
     TextOutput,
@@ -19,7 +21,8 @@ class TextStream:
 
     A stop string that ends within the first `min_tokens` tokens is text like any other. Log
     probabilities are held back with the text of their tokens. `started` is the
-    `time.perf_counter()` at which the processor got the request.
+    `time.perf_counter()` at which the processor got the request. The control tokens `visible`
+    have their text in the answer.
     """
 
     def __init__(
@@ -30,9 +33,10 @@ class TextStream:
         min_tokens: int,
         prompt_tokens: int,
         started: float,
+        visible: Iterable[str] = (),
     ) -> None:
         self._model = model
-        self._detokenizer = model.detokenizer()
+        self._detokenizer = model.detokenizer(visible)
         self._stop = StopStrings(stop) if stop else None
         self._min_tokens = min_tokens
         self._started = started
@@ -72,10 +76,14 @@ class TextStream:
         self._usage.completion_tokens += used
         result = TextOutput(text, used, logprobs or None, finish)
         if finish is not None:
-            result.usage = self._usage
-            result.worker_id = self._worker_id
-            result.timings = Timings(self._tokenize_ms, _ms_since(self._started), output.timings)
+            self.end(result, output.timings)
         return result
+
+    def end(self, last: TextOutput, timings: EngineTimings | None = None) -> None:
+        """Make `last` the answer's last item, with what such a one tells."""
+        last.usage = self._usage
+        last.worker_id = self._worker_id
+        last.timings = Timings(self._tokenize_ms, _ms_since(self._started), timings)
 
     def _until_stop(
         self, stop: StopStrings, token_ids: list[int], logprobs: list[PositionLogprobs]

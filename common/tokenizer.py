@@ -15,13 +15,14 @@ class Tokenizer(Protocol):
     """One model's vocabulary, with what its files say about chats.
 
     `bos_token` and `eos_token` are the texts that a chat template may insert, "" if there is
-    none; `chat_template` is jinja2 source.
+    none; `chat_template` is jinja2 source. `control_ids` are the control tokens by their texts.
     """
 
     n_tokens: int
     bos_token: str
     eos_token: str
     chat_template: str | None
+    control_ids: dict[str, int]
     token_bytes: Callable[[int], bytes]
 
     def encode(self, text: str) -> list[int]:
@@ -51,13 +52,14 @@ class GgufTokenizer:
         except KeyError:
             eos_id = None
         self.eos_token = self._control_text(eos_id)
+        self.control_ids = {self._control_text(token): token for token in vocab.control_ids}
         self._table = TokenBytes(vocab.token_bytes)
         self.token_bytes = self._table.__getitem__
 
     def _control_text(self, token_id: int | None) -> str:
         if token_id is None:
             return ""
-        return self._vocab.token_bytes(token_id, control=True).decode()
+        return self._vocab.token_bytes(token_id, control=True).decode(errors="replace")
 
     def encode(self, text: str) -> list[int]:
         bos = self._vocab.bos_id if self._vocab.add_bos else None
@@ -88,6 +90,7 @@ class HuggingFaceTokenizer:
         if self._bos_id not in self._tokenizer.encode("").ids[:1]:
             self._bos_id = None
         self._added = self._tokenizer.get_added_tokens_decoder()
+        self.control_ids = {t.content: i for i, t in self._added.items() if t.special}
         self._byte_level = _is_byte_level(json.loads(self._tokenizer.to_str())["decoder"])
         self._table = TokenBytes(self._bytes_of)
         self.token_bytes = self._table.__getitem__

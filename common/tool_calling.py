@@ -1,0 +1,149 @@
+"""Everything about tools in one request of the processor: its prompt, its grammar, its calls."""
+
+import json
+from collections import deque
+
+from common.protocol import PipelineError, PositionLogprobs, TextOutput
+from common.protocol_agent import ToolProcessRequest
+from common.text import TextModel
+from common.tool_formats import HERMES, format_of
+from common.tool_grammar import MAX_FORCED_CALLS, arguments_schema, calls_schema
+from common.tool_prompt import (
+    in_first_user_message,
+    one_call_each,
+    with_harmless_results,
+    with_ids_of_nine,
+    written_out,
+)
+from common.tool_stream import CallReader, ForcedCalls, FreeCalls, NamedCall
+
+from msgspec.structs import replace
+
+
+def has_tools(request: ToolProcessRequest) -> bool:
+    """Whether there is anything about tools in the request.
+
+    Raises:
+        PipelineError: kind `invalid_request`; its tools and its choice do not go together.
+    """
+    names = [tool.name for tool in request.tools]
+    choice = request.tool_choice
+    for name in names:
+        if names.count(name) > 1:
+            raise PipelineError("invalid_request", f"There are two tools '{name}'.", "tools")
+    if choice.name is not None and choice.name not in names:
+        message = f"There is no tool '{choice.name}'; there are: {', '.join(names) or 'none'}."
+        raise PipelineError("invalid_request", message, "tool_choice")
+    if choice.mode == "required" and not names:
+        message = "A call is required, but there are no tools."
+        raise PipelineError("invalid_request", message, "tool_choice")
+    if names and request.messages is None:
+        raise PipelineError("invalid_request", "Tools are for chats, not for prompts.", "tools")
+    spoken_of = any(m.tool_calls or m.role == "tool" for m in request.messages or [])
+    return bool(names) or spoken_of
+
+
+class ToolCalling:
+    """What tools make of a request that `has_tools`.
+
+    In a call that is forced, stop strings and stop tokens do not count: they are for text, and
+    would leave arguments that are not JSON. Items that complete a call have no log probabilities.
+    """
+
+    def __init__(self, model: TextModel, request: ToolProcessRequest) -> None:
+        """Raises a `PipelineError`, kind `invalid_request`, for what cannot be forced."""
+        self.stop = request.stop
+        self.sampling = request.sampling
+        self._model = model
+        self._messages = request.messages or []
+        self._tools = request.tools
+        template = model.chat_template
+        own = format_of(template.source) if template and template.takes_tools else None
+        self._written_out = own is None
+        self._format = own or HERMES
+        self._prefill = ""
+        self._reader: CallReader | None = None
+        self._forced = request.tool_choice.mode == "required" or request.tool_choice.name
+        if self._forced:
+            self._reader = self._force(request)
+        elif request.tools and request.tool_choice.mode == "auto":
+            if request.sampling.json_schema is not None:
+                message = "A format for the answer needs tool_choice 'none', or a forced call."
+                raise PipelineError("invalid_request", message, "tool_choice")
+            self._reader = FreeCalls(
+                self._format,
+                {tool.name: tool.parameters or {} for tool in request.tools},
+                parallel=request.parallel_tool_calls,
+            )
+        self.visible = () if self._reader is None else self._format.marks
+        self._made = 0  # characters
+        self._logprobs: deque[tuple[int, list[PositionLogprobs]]] = deque()  # by their text's end
+
+    def _force(self, request: ToolProcessRequest) -> CallReader:
+        for field in ("min_tokens", "ignore_eos"):
+            if getattr(request.sampling, field):
+                message = f"'{field}' does not go with a forced call."
+                raise PipelineError("invalid_request", message, field)
+        format_ = self._format
+        name = request.tool_choice.name
+        if name is None and len(self._tools) == 1 and not request.parallel_tool_calls:
+            name = self._tools[0].name
+        if name is not None:
+            [tool] = [tool for tool in self._tools if tool.name == name]
+            schema = arguments_schema(tool)
+            self._prefill = format_.named_prefill.replace("PLAIN_NAME", name)
+            self._prefill = self._prefill.replace("NAME", json.dumps(name))
+        else:
+            most = MAX_FORCED_CALLS if request.parallel_tool_calls else 1
+            several = format_.array or request.parallel_tool_calls
+            schema = calls_schema(
+                self._tools, format_.arguments_key, most=most if several else None
+            )
+            self._prefill = format_.prefill
+        self.stop = []
+        self.sampling = replace(request.sampling, json_schema=schema, stop_token_ids=[])
+        return NamedCall(name) if name else ForcedCalls({tool.name: {} for tool in self._tools})
+
+    def render(self) -> str:
+        """The prompt, with the beginning of the call that is forced.
+
+        Raises:
+            PipelineError: see `TextModel.render_chat`.
+        """
+        messages = with_harmless_results(self._messages, self._model.tokenizer.control_ids)
+        tools = None if self._written_out else self._tools
+        if self._written_out:
+            messages = written_out(messages, self._tools)
+            other = in_first_user_message(messages)
+        else:
+            messages = with_ids_of_nine(messages) if self._format.ids_of_nine else messages
+            other = one_call_each(messages)
+        try:
+            return self._model.render_chat(messages, tools) + self._prefill
+        except PipelineError:
+            if other == messages:
+                raise
+            return self._model.render_chat(other, tools) + self._prefill
+
+    @property
+    def done(self) -> bool:
+        """The answer is over, though the engine may go on."""
+        return self._reader is not None and self._reader.done
+
+    def push(self, output: TextOutput) -> TextOutput:
+        """An item of the answer with its calls apart from its text."""
+        if self._reader is None:
+            return output
+        over = output.finish_reason is not None
+        self._made += len(output.text)
+        if output.logprobs:
+            self._logprobs.append((self._made, output.logprobs))
+        output.text, output.tool_calls = self._reader.push(output.text, over=over)
+        decided = self._made - self._reader.undecided()
+        released: list[PositionLogprobs] = []
+        while self._logprobs and self._logprobs[0][0] <= decided:
+            released += self._logprobs.popleft()[1]
+        output.logprobs = None if output.tool_calls or self._forced else released or None
+        if self.done or (output.finish_reason == "stop" and self._reader.calls):
+            output.finish_reason = "tool_calls"
+        return output
