@@ -7,9 +7,9 @@ Items are those of OpenAI's Responses API, with one kind for all that the agent 
 https://platform.openai.com/docs/api-reference/responses.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from common.protocol import ErrorInfo, SamplingParams, Usage
+from common.protocol import AnswerReason, ErrorInfo, SamplingParams, Usage
 from common.protocol_routing import RoutedProcessRequest, RoutingHints
 from common.protocol_tools import FunctionTool, ToolChoice
 
@@ -90,7 +90,8 @@ class AgentRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     `previous_response_id` or `conversation` names what was said before. `functions` are the
     caller's: a call of one ends the run. `plan` names tools that the first steps must call, in
     this order; after them `tool_choice` holds for one step, and then the model is free.
-    `sampling.json_schema` is for the final answer. With `store` the run can be continued.
+    `sampling.json_schema` is for the final answer. With `store` the run can be continued, and
+    what of the HTTP response only the request says, `document`, is kept with it.
     """
 
     model: str
@@ -109,6 +110,7 @@ class AgentRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     store: bool = True
     user: str = ""
     hints: RoutingHints = msgspec.field(default_factory=RoutingHints)
+    document: dict[str, Any] = {}
 
 
 class StepStarted(msgspec.Struct, tag="step_started", tag_field="event", omit_defaults=True):
@@ -156,6 +158,7 @@ class StepEnded(msgspec.Struct, tag="step_ended", tag_field="event", omit_defaul
     usage: Usage
     ttft_ms: float
     worker_id: int | None = None
+    finish_reason: AnswerReason | None = None
 
 
 class RunEnded(msgspec.Struct, tag="run_ended", tag_field="event", omit_defaults=True):
@@ -172,3 +175,40 @@ class RunEnded(msgspec.Struct, tag="run_ended", tag_field="event", omit_defaults
 
 
 AgentEvent = StepStarted | TextDelta | CallDelta | ToolStarted | ItemDone | StepEnded | RunEnded
+
+
+class StoredQuery(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """What is stored under an id, of this user if one is named.
+
+    The input of `agent.get_response`, `agent.delete_response` and `agent.delete_conversation`.
+    """
+
+    id: str
+    user: str | None = None
+
+
+class StoredResponse(msgspec.Struct, omit_defaults=True):
+    """One turn: what was asked and what the agent made of it. `created` is in Unix seconds."""
+
+    id: str
+    session: str
+    created: int
+    model: str
+    status: Literal["completed", "incomplete", "failed"]
+    usage: Usage
+    input: list[Item]
+    output: list[Item]
+    instructions: str = ""
+    previous_response_id: str | None = None
+    conversation: str | None = None
+    reason: str | None = None
+    error: ErrorInfo | None = None
+    user: str = ""
+    document: dict[str, Any] = {}
+
+
+class StoredOutput(msgspec.Struct, omit_defaults=True):
+    """The answer to a `StoredQuery`: the response, unless it was to be deleted, or the error."""
+
+    response: StoredResponse | None = None
+    error: ErrorInfo | None = None
