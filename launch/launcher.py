@@ -38,6 +38,7 @@ from launch.servers import (
 )
 
 EXTERNAL_READY_TIMEOUT = 1800.0  # seconds: the weights may have to be downloaded
+CHILD_ENDS_S = 1.0
 
 
 def main() -> int:
@@ -181,7 +182,7 @@ async def _until_done(running: Pipeline, arguments: argparse.Namespace, stop: St
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if work.done() and work.exception() is not None:
             # A request that broke off may have broken because a child is just ending.
-            await asyncio.wait({failure}, timeout=1.0)
+            await asyncio.wait({failure}, timeout=CHILD_ENDS_S)
         if failure.done():
             raise failure.result()
         if work.done():

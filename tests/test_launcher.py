@@ -39,6 +39,7 @@ async def test_a_broken_request_is_put_down_to_the_child_that_is_just_ending(
         raise LaunchError("the pipeline answered 500: engine is gone")  # before anybody knows
 
     monkeypatch.setattr("launch.launcher.ask", ask)
+    monkeypatch.setattr("launch.launcher.CHILD_ENDS_S", 60.0)
     arguments = argparse.Namespace(chapter="chapter1", ask=["hi"], backend=None)
     with pytest.raises(ChildFailedError, match="was killed by SIGKILL"):
         await _until_done(running, arguments, StopSignals(children))
