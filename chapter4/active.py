@@ -6,7 +6,6 @@ router knows each prompt, and the processors tell when its first token came and 
 
 import itertools
 import statistics
-from collections.abc import Sequence
 
 from chapter4.disaggregation import decode_id
 from chapter4.engine_load import (
@@ -15,6 +14,7 @@ from chapter4.engine_load import (
     ActiveRequest,
     EngineLoad,
 )
+from common.protocol_replicas import Routed
 
 # A request whose end nobody reports (its processor was killed) does not count for ever: it ends
 # when its engine had fewer than were sent there all the time for LOST_AFTER_S, or after EXPIRE_S.
@@ -39,32 +39,27 @@ class ActiveRequests:
             load = self._loads[instance] = EngineLoad(prefill_tokens_per_s=self._usual_tokens_per_s)
         return load
 
-    def add(
-        self,
-        request_id: str,
-        instance: int,
-        *,
-        prefill_tokens: int,
-        names: Sequence[int],
-        own_blocks: int,
-        now: float,
-        waits: bool = False,
-        elsewhere: int = 0,
-    ) -> None:
+    def add(self, routed: Routed, now: float) -> None:
         """A request was sent to an engine, or will be; see `ActiveRequest`."""
-        self.finish(request_id, now)
+        self.finish(routed.request_id, now)
         self._expire(now)
         request = ActiveRequest(
-            instance,
+            routed.instance,
             now,
-            prefill_tokens,
-            tuple(names),
-            own_blocks,
-            waits=waits,
-            elsewhere=elsewhere,
+            routed.own_tokens,
+            tuple(routed.names),
+            routed.own_blocks,
+            waits=routed.waits,
+            elsewhere=routed.elsewhere,
+            session=routed.session,
+            next_turn_s=routed.next_turn_s,
+            retain_s=routed.retain_s,
         )
-        self.requests[request_id] = request
-        self.load(instance).add(request_id, request)
+        if routed.session:
+            for load in self._loads.values():
+                load.come_back(routed.session)
+        self.requests[routed.request_id] = request
+        self.load(routed.instance).add(routed.request_id, request)
 
     def begin(self, request_id: str, now: float, *, computed: bool) -> ActiveRequest | None:
         """Another engine is done with its prompt: the request, if that was news."""
@@ -94,6 +89,8 @@ class ActiveRequests:
         load = self.load(request.instance)
         if request.in_prefill:
             load.end_prefill(request_id, request)
+        else:
+            load.leave(request, now)
         load.remove(request, now)
 
     def reconcile(self, instance: int, in_engine: int, now: float) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from chapter4.agent_hints import is_returning
 from chapter4.decision import Decision
 from chapter4.drain_rate import DrainRate
 from chapter4.fair_queue import Group, Queued, QueueOrder
@@ -76,7 +77,14 @@ class Admission:
         )  # fmt: skip
         self._number += 1
         priority = FIRST_OF_ALL if wanted.admitted else wanted.hints.priority
-        queued = Queued(self._number, now, wanted.hints.tenant, priority, group=group)
+        queued = Queued(
+            self._number,
+            now,
+            wanted.hints.tenant,
+            priority,
+            group=group,
+            returning=is_returning(wanted.hints),
+        )
         ticket = Ticket(wanted, group, queued)
         may_go = self._may_go(group, now)
         has_deadline = wanted.hints.deadline_ms is not None and not wanted.admitted

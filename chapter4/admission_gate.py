@@ -82,6 +82,7 @@ class AdmissionGate:
             waiting_by_priority=priorities,
             waiting_by_tenant=dict(tenants.most_common(WATCHED_TENANTS)),
             refused=self.refused,
+            returning=queue.returning,
         )
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
+from chapter4.agent_hints import pool_of
 from chapter4.disaggregation import stands_alone
 from chapter4.engine_record import Figures
 from chapter4.outliers import SLOW_RATIO
@@ -114,7 +115,7 @@ def figures(workers: dict[int, Worker], now: float) -> dict[int, Figures]:
         info, metrics = worker.source.info, worker.metrics
         known[instance] = Figures(
             info.worker_id,
-            f"{info.model} {info.backend} {worker.source.role}",
+            f"{info.model} {info.backend} {worker.source.role} {pool_of(worker.tags)}",
             spare=worker.source.role == "prefill" and info.model in alone,
             canaries=stands_alone(worker.source),
             silent=worker.synced and worker.is_silent(now),

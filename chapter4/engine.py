@@ -33,6 +33,7 @@ from common.telemetry import log, request_log
 from common.worker import ComponentError, Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+from msgspec.structs import replace
 
 
 @dynamo_worker()
@@ -44,6 +45,8 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             transfer = await stack.enter_async_context(kv)
         try:
             engine = await start_engine(args, transfer)
+            if args.serve_as:
+                engine.info = replace(engine.info, model=args.serve_as)
         except (OSError, ValueError) as error:
             raise ComponentError(str(error)) from error
         await serve(runtime, args, life, engine, transfer)
@@ -155,7 +158,15 @@ def parse_args() -> argparse.Namespace:
         default=os.environ.get("ENGINE_TAGS", "").split(),
         metavar="NAME",
         help="a word that says what kind of engine this is, which routing policies see; may "
-        "repeat (env ENGINE_TAGS, separated by blanks)",
+        "repeat (env ENGINE_TAGS, separated by blanks). pool=small: for short structured steps; "
+        "pool=large: for answers",
+    )
+    parser.add_argument(
+        "--serve-as",
+        default=os.environ.get("ENGINE_SERVE_AS", ""),
+        metavar="MODEL",
+        help="the name of another model, with the same tokenizer, for which this one may stand "
+        "in; together with --tag pool=small (env ENGINE_SERVE_AS)",
     )
     return parse_engine_arguments(parser)
 

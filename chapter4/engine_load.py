@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 LOST_AFTER_S = 5.0
 ASSUMED_PREFILL_TOKENS_PER_S = 8000.0  # until measured
 MIN_MEASURED_TOKENS = 64  # what takes less is mostly overhead
+AWAITED_S = 5.0
+MAX_AWAY = 1024  # sessions of one engine
 MEASURED_KEPT = 0.95  # of what was measured before, each time
 NEW_ANSWER_SHARE = 0.1  # of an answer in the mean of their lengths in time
 
@@ -17,7 +19,8 @@ class ActiveRequest:
     """`names` are its full blocks', `own_blocks` those that no other request can share.
 
     One that `waits` came when the engine had no place for another running request. While
-    another engine computes its prompt, that many tokens of it are `elsewhere`.
+    another engine computes its prompt, that many tokens of it are `elsewhere`. Its `session` is
+    expected back `next_turn_s` after its end, and is given up after `retain_s`.
     """
 
     instance: int
@@ -29,6 +32,9 @@ class ActiveRequest:
     waits: bool = False
     first_token: float = 0.0
     elsewhere: int = 0
+    session: str = ""
+    next_turn_s: float | None = None
+    retain_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -52,6 +58,7 @@ class EngineLoad:
     _measured_s: float = 0.0
     _too_many: int = 0  # requests that the engine did not have, at least, since
     _too_many_since: float = 0.0
+    _away: dict[str, tuple[float, float]] = field(default_factory=dict)  # expected, given up
 
     @property
     def active_blocks(self) -> int:
@@ -76,6 +83,24 @@ class EngineLoad:
         began = max(first.since, self._last_first_token)
         done = min((now - began) * self.prefill_tokens_per_s, first.prefill_tokens)
         return max(self.prefill_tokens - done, 0.0) / self.prefill_tokens_per_s
+
+    def awaited(self, now: float) -> int:
+        """How many sessions are expected back soon, or late."""
+        if not self._away:
+            return 0
+        self._away = {name: times for name, times in self._away.items() if now < times[1]}
+        return sum(expected - now < AWAITED_S for expected, _ in self._away.values())
+
+    def leave(self, request: ActiveRequest, now: float) -> None:
+        """Its session's next request is expected here, if it said so."""
+        if request.session and request.next_turn_s is not None:
+            self._away[request.session] = now + request.next_turn_s, now + request.retain_s
+            if len(self._away) > MAX_AWAY:
+                del self._away[next(iter(self._away))]
+
+    def come_back(self, session: str) -> None:
+        """It goes on, wherever."""
+        self._away.pop(session, None)
 
     def add(self, request_id: str, request: ActiveRequest) -> None:
         self.prefill_tokens += request.prefill_tokens

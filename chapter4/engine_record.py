@@ -29,8 +29,8 @@ class Figures:
     """What the engine's own metrics say.
 
     `done` goes up whenever it gets on with its requests; `busy`: it has some. It can `serve`
-    unless it failed a moment ago, or has only just come. Engines of one `kind`, the same model
-    and the same role, are compared with each other; of a `spare` kind all may be out, since
+    unless it failed a moment ago, or has only just come. Engines of one `kind`, the same model,
+    role and pool, are compared with each other; of a `spare` kind all may be out, since
     others do their work as well. Without `canaries` it refuses what is no client's request.
     """
 

@@ -31,7 +31,7 @@ class Queued:
 
     `cost` is what it takes, in tokens, `prefill_tokens` the part that comes before its first
     token, which cannot come in time if it is still here after `start_by`. `number` tells it apart
-    and grows with each one.
+    and grows with each one. One that is `returning` goes on with a task.
     """
 
     number: int
@@ -42,6 +42,7 @@ class Queued:
     prefill_tokens: float = 0.0
     start_by: float = float("inf")
     group: Group = field(default_factory=Group)
+    returning: bool = False
 
 
 @dataclass(eq=False, slots=True)

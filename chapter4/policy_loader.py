@@ -8,6 +8,7 @@ from pathlib import Path
 from chapter4.snapshot import Policy
 
 POLICIES = {
+    "agent": "agent",
     "dynamo": "dynamo",
     "earliest_start": "earliest_start",
     "kv": "kv",
@@ -19,7 +20,7 @@ POLICIES = {
 }
 """The built-in policies and the modules of `chapter4.policies` that they are in."""
 
-DEFAULT_POLICY = "earliest_start"
+DEFAULT_POLICY = "agent"
 
 
 def load_policy(name: str) -> Policy:

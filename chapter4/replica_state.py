@@ -57,6 +57,9 @@ class ReplicaState:
                     age_s=now - request.since,
                     router=self._routed_by.get(request_id, self.topic),
                     elsewhere=request.elsewhere,
+                    session=request.session,
+                    next_turn_s=request.next_turn_s,
+                    retain_s=request.retain_s,
                 )
             )
             if not request.in_prefill:

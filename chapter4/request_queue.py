@@ -1,13 +1,25 @@
-"""The router's queue: strict priorities, fair to tenants within one, bounded.
+"""The router's queue: strict priorities, tasks before new ones, fair to tenants, bounded.
 
 A request goes before every request of a lower priority, however long that has waited: enough of
-a high priority starves the others, until they give up. Within a priority see `fair_queue`.
+a high priority starves the others, until they give up. Within a priority, one that goes on with a
+task goes before one that begins: somebody waits for the whole task, and its blocks are cached now.
+But of `OVERTAKEN + 1` that go while both wait, one is a new one. Among equals see `fair_queue`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from chapter4.fair_queue import FairQueue, Group, Queued, QueueOrder
+
+OVERTAKEN = 3  # times in a row that a new one is
+
+
+class Rank(NamedTuple):
+    """The higher one goes first."""
+
+    priority: int
+    returning: bool
 
 
 class RequestQueue:
@@ -17,7 +29,8 @@ class RequestQueue:
         self.size = size
         self._timeout_s, self._order = timeout_s, order
         self._waiting: dict[Queued, None] = {}  # in the order of arrival
-        self._classes: dict[int, FairQueue] = {}  # by priority; none is empty
+        self._classes: dict[Rank, FairQueue] = {}  # none is empty
+        self._overtaken: Counter[int] = Counter()  # in a row, by priority
         self._groups: Counter[Group] = Counter()
         self._first_start_by = float("inf")  # or earlier, if that one has gone
 
@@ -38,9 +51,9 @@ class RequestQueue:
     def add(self, request: Queued) -> Queued | None:
         """Let it wait; returns who has to leave for it, which may be itself.
 
-        When the queue is full, the last request of the lowest priority's longest queue leaves,
-        if that makes room for a higher priority, or for a tenant that has fewer waiting. So
-        neither bulk work nor a heavy tenant keeps the others out.
+        When the queue is full, the last request of the lowest rank's longest queue leaves, if
+        that makes room for a higher rank, or for a tenant that has fewer waiting. So neither bulk
+        work nor a heavy tenant keeps the others out.
         """
         leaves = self._who_leaves(request) if len(self) >= self.size else None
         if leaves is request:
@@ -50,21 +63,25 @@ class RequestQueue:
         self._waiting[request] = None
         self._groups[request.group] += 1
         self._first_start_by = min(self._first_start_by, request.start_by)
-        if request.priority not in self._classes:
-            self._classes[request.priority] = FairQueue(self._order)
-        self._classes[request.priority].add(request)
+        if (rank := _rank(request)) not in self._classes:
+            self._classes[rank] = FairQueue(self._order)
+        self._classes[rank].add(request)
         return leaves
 
     def remove(self, request: Queued) -> None:
         """It does not wait any more."""
-        self._classes[request.priority].remove(request)
+        self._classes[_rank(request)].remove(request)
         self._forget(request)
 
     def take(self, may_go: Callable[[Queued], bool]) -> Queued | None:
         """The next of those that may go, which then waits no longer."""
-        for priority in sorted(self._classes, reverse=True):
-            request = self._classes[priority].take(may_go)
+        for rank in sorted(self._classes, key=self._turn, reverse=True):
+            request = self._classes[rank].take(may_go)
             if request is not None:
+                if rank.returning and Rank(rank.priority, False) in self._classes:
+                    self._overtaken[rank.priority] += 1
+                else:
+                    del self._overtaken[rank.priority]
                 self._forget(request)
                 return request
         return None
@@ -96,29 +113,43 @@ class RequestQueue:
 
     def depths(self) -> dict[int, dict[str, int]]:
         """How many wait, by priority and tenant, the first to go first."""
-        return {
-            priority: self._classes[priority].tenants()
-            for priority in sorted(self._classes, reverse=True)
-        }
+        depths: dict[int, Counter[str]] = {}
+        for rank in sorted(self._classes, reverse=True):
+            depths.setdefault(rank.priority, Counter()).update(self._classes[rank].tenants())
+        return {priority: dict(tenants) for priority, tenants in depths.items()}
+
+    @property
+    def returning(self) -> int:
+        """How many of those that wait go on with a task."""
+        return sum(len(queue) for rank, queue in self._classes.items() if rank.returning)
 
     def oldest_wait_s(self, now: float) -> float:
         return now - next(iter(self._waiting)).arrived if self._waiting else 0.0
 
+    def _turn(self, rank: Rank) -> Rank:
+        """Its place in the order now: who was overtaken often enough goes first."""
+        due = self._overtaken[rank.priority] >= OVERTAKEN
+        return Rank(rank.priority, rank.returning != due)
+
     def _who_leaves(self, request: Queued) -> Queued:
-        lowest = min(self._classes, default=None)
-        if lowest is None or request.priority < lowest:
+        lowest, rank = min(self._classes, default=None), _rank(request)
+        if lowest is None or rank < lowest:
             return request
         queue = self._classes[lowest]
         last = queue.last_of_longest()
-        if request.priority > lowest:
+        if rank > lowest:
             return last
         fewer = queue.waiting(request.tenant) + 1 < queue.waiting(last.tenant)
         return last if fewer else request
 
     def _forget(self, request: Queued) -> None:
         del self._waiting[request]
-        if not self._classes[request.priority]:
-            del self._classes[request.priority]
+        if not self._classes[_rank(request)]:
+            del self._classes[_rank(request)]
         self._groups[request.group] -= 1
         if not self._groups[request.group]:
             del self._groups[request.group]
+
+
+def _rank(request: Queued) -> Rank:
+    return Rank(request.priority, request.returning)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from typing import Any
 
+from chapter4.agent_hints import retain_s
 from chapter4.disaggregation import prefill_id
 from chapter4.hops import Hops
 from chapter4.migration import Progress, broken_off, failure_in, is_gone, is_refusal, verdict
@@ -120,7 +121,8 @@ class _Route:
     async def _send_on(self, kv: KvDescriptor | None) -> AsyncIterator[Any]:
         """To the engine that generates; with `kv` it need not compute the prompt."""
         engine = self._hops.engine
-        generate = to_wire(replace(self._progress.request(), kv=kv))
+        request = self._progress.request()
+        generate = to_wire(replace(request, kv=kv, retain_s=retain_s(self._request.hints)))
         self._sent_with = len(self._progress.tokens)
         self.silence.expect(None if self._chosen is None else self._chosen.instance_id)
         if self._chosen is None:

@@ -234,16 +234,7 @@ class Selector:
                     own_tokens=routed.own_tokens,
                     waits=routed.waits,
                 )
-            self.active.add(
-                routed.request_id,
-                routed.instance,
-                prefill_tokens=routed.own_tokens,
-                names=routed.names,
-                own_blocks=routed.own_blocks,
-                now=now,
-                waits=routed.waits,
-                elsewhere=routed.elsewhere,
-            )
+            self.active.add(routed, now)
 
     def eligible(self, model: str, excluded: Collection[int], now: float) -> list[Worker]:
         """See `eligible.decode_engines`."""

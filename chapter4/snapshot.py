@@ -8,7 +8,8 @@ was chosen longest ago.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.protocol_routing import HealthState, RouteRequest
+from chapter4.agent_hints import is_returning, retain_s, wanted_pool
+from common.protocol_routing import AgentState, HealthState, RouteRequest
 
 Score = float | Mapping[str, float]
 
@@ -18,7 +19,10 @@ class RequestView:
     """The request to route.
 
     `output_tokens` is how many are expected: the client's word, else the mean of the last
-    answers, at most what it asked for.
+    answers, at most what it asked for. An agent says what it does with the answer, and when it
+    expects to come back with a longer prompt: in `next_turn_s`, if it does; for `retain_s` the
+    engine is to keep its blocks. `step` counts its requests of one task, of which those after the
+    first are `returning`. Engines of this `pool`, by a tag like `pool=small`, are to be preferred.
     """
 
     prompt_tokens: int
@@ -26,6 +30,12 @@ class RequestView:
     session: str = ""
     tenant: str = ""
     priority: int = 0
+    agent_state: AgentState = ""
+    next_turn_s: float | None = None
+    retain_s: float = 0.0
+    step: int = 0
+    returning: bool = False
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,8 @@ class WorkerView:
     `max_running` requests at once, if it says so; others wait for one of them to end. `turn`
     counts up with each decision and is that of the last one for this engine. `tags` are what
     the engine was started with; one whose `health` is `probing` takes one request at a time.
+    `retained_blocks` it keeps for sessions that are to come back, while it has others to evict;
+    `awaited` of those whose last request it had are expected within `AWAITED_S`, or late.
     """
 
     instance_id: int
@@ -69,6 +81,8 @@ class WorkerView:
     turn: int = 0
     tags: frozenset[str] = frozenset()
     health: HealthState = "healthy"
+    retained_blocks: int = 0
+    awaited: int = 0
 
     @property
     def new_tokens(self) -> float:
@@ -117,4 +131,10 @@ def request_view(wanted: RouteRequest, usual_output_tokens: float) -> RequestVie
         session=hints.session,
         tenant=hints.tenant,
         priority=hints.priority,
+        agent_state=hints.agent_state,
+        next_turn_s=hints.next_turn_s,
+        retain_s=retain_s(hints),
+        step=hints.step,
+        returning=is_returning(hints),
+        pool=wanted_pool(hints),
     )

@@ -139,6 +139,8 @@ class Watched:
             prefill_s=view.prefill_s,
             prefill_tokens_per_s=view.prefill_tokens_per_s,
             decode_requests=view.decode_requests,
+            retained_blocks=view.retained_blocks,
+            awaited=view.awaited,
         )
 
 
@@ -219,6 +221,10 @@ def watched_decision(logged: Logged) -> WatchedDecision:
         priority=snapshot.request.priority,
         tenant=snapshot.request.tenant[:MAX_NAME],
         session=snapshot.request.session[:MAX_NAME],
+        agent_state=snapshot.request.agent_state,
+        step=snapshot.request.step,
+        next_turn_s=snapshot.request.next_turn_s,
+        pool=snapshot.request.pool[:MAX_NAME],
         shadow_policy=logged.shadow_policy,
         shadow_chosen=theirs,
         shadow_regret=(

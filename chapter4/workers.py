@@ -151,6 +151,8 @@ class Worker:
             turn=self.turn,
             tags=self.tags,
             health=health,
+            retained_blocks=metrics.retained_blocks,
+            awaited=load.awaited(now),
         )
 
     def is_full(self, view: WorkerView) -> bool:

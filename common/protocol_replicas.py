@@ -19,7 +19,8 @@ class Routed(msgspec.Struct, array_like=True, tag=True):
     to be computed, and with those sent there before it `tokens`. It takes `own_blocks` that no
     other request can share. It `waits` if others do. `router` is the topic of the one that
     chose, if that is not the one that says so. Before it comes, another engine is to compute
-    `elsewhere` tokens.
+    `elsewhere` tokens. Its `session` is expected back `next_turn_s` after its end, and its blocks
+    are kept for `retain_s`.
     """
 
     request_id: str
@@ -33,6 +34,9 @@ class Routed(msgspec.Struct, array_like=True, tag=True):
     age_s: float = 0.0
     router: str = ""
     elsewhere: int = 0
+    session: str = ""
+    next_turn_s: float | None = None
+    retain_s: float = 0.0
 
 
 class Reported(msgspec.Struct, array_like=True, tag=True):

@@ -10,7 +10,7 @@ was made.
 from typing import Literal
 
 from common.protocol import ErrorInfo
-from common.protocol_routing import PolicyState
+from common.protocol_routing import AgentState, PolicyState
 from common.protocol_transfer import Role
 
 import msgspec
@@ -22,7 +22,8 @@ class WatchedWorker(msgspec.Struct, omit_defaults=True):
     """An engine as the next decision would see it; see `WorkerView`.
 
     `state` is that of `WorkerState`, or what is known of its health. `chosen` counts the
-    decisions for it, also those to compute a prompt for another engine.
+    decisions for it, also those to compute a prompt for another engine. Of what it has cached it
+    keeps `retained_blocks` for sessions; `awaited` sessions are expected back soon.
     """
 
     instance: str
@@ -41,6 +42,8 @@ class WatchedWorker(msgspec.Struct, omit_defaults=True):
     prefill_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_requests: int = 0
+    retained_blocks: int = 0
+    awaited: int = 0
 
 
 class WatchedPrefix(msgspec.Struct, omit_defaults=True):
@@ -60,7 +63,10 @@ class WatchedPrefix(msgspec.Struct, omit_defaults=True):
 
 
 class WatchedQueue(msgspec.Struct, omit_defaults=True):
-    """Requests that wait in the router because every engine is full."""
+    """Requests that wait in the router because every engine is full.
+
+    `returning` of them go on with a task.
+    """
 
     waiting: int = 0
     limit: int = 0
@@ -68,6 +74,7 @@ class WatchedQueue(msgspec.Struct, omit_defaults=True):
     waiting_by_priority: dict[str, int] = {}
     waiting_by_tenant: dict[str, int] = {}
     refused: int = 0
+    returning: int = 0
 
 
 class WatchedCandidate(msgspec.Struct, omit_defaults=True):
@@ -92,7 +99,8 @@ class WatchedDecision(msgspec.Struct, omit_defaults=True):
 
     `margin` is how far the winner's score is above the second best one, `shadow_regret` how far
     the shadow policy's choice is above the winner, in the shadow's score. With `prefill`, which
-    has `prefill_overlap` blocks of it cached, another engine computes the prompt.
+    has `prefill_overlap` blocks of it cached, another engine computes the prompt. An agent says
+    its state, its `step`, when it expects to come back, and which engines it prefers.
     """
 
     number: int
@@ -114,6 +122,10 @@ class WatchedDecision(msgspec.Struct, omit_defaults=True):
     shadow_regret: float = 0.0
     prefill: int | None = None
     prefill_overlap: int = 0
+    agent_state: AgentState = ""
+    step: int = 0
+    next_turn_s: float | None = None
+    pool: str = ""
 
 
 class WatchedOutcome(msgspec.Struct, omit_defaults=True):

@@ -71,7 +71,7 @@ _LABORATORY_POLICIES = (
 POLICIES = {
     "chapter2": ("kv", "least_loaded", "round_robin", "random"),
     "chapter3": _LABORATORY_POLICIES,
-    "chapter4": _LABORATORY_POLICIES,
+    "chapter4": ("agent", *_LABORATORY_POLICIES),
 }
 # Where killing an engine or a router is part of the lesson, as long as another one is left.
 SURVIVE = {"chapter3", "chapter4"}
