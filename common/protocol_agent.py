@@ -32,11 +32,15 @@ class MessageItem(msgspec.Struct, tag="message", tag_field="type", omit_defaults
 
 
 class FunctionCallItem(msgspec.Struct, tag="function_call", tag_field="type", omit_defaults=True):
-    """A call of one of the caller's functions, which the caller runs."""
+    """A call of one of the caller's functions, which the caller runs.
+
+    Calls of the same `step` were made at once.
+    """
 
     call_id: str
     name: str
     arguments: str
+    step: int = 0
 
 
 class FunctionOutputItem(
@@ -60,6 +64,7 @@ class ToolRunItem(msgspec.Struct, tag="tool_run", tag_field="type", omit_default
     arguments: str
     output: str = ""
     error: str | None = None
+    step: int = 0
 
 
 Item = MessageItem | FunctionCallItem | FunctionOutputItem | ToolRunItem

@@ -8,6 +8,8 @@ ErrorKind = Literal[
     "invalid_request",  # the caller must change the request
     "too_large",  # the body is over the frontend's limit
     "model_not_found",
+    "not_found",  # something else that the caller named
+    "conflict",  # another request is changing the same thing; this one changed nothing
     "overloaded",  # try again later
     "unavailable",  # a component behind this one is missing or died
     "internal",

@@ -145,6 +145,8 @@ def test_error_event_is_the_end() -> None:
     [
         ("invalid_request", 400, openai.BadRequestError, None),
         ("model_not_found", 404, openai.NotFoundError, "model_not_found"),
+        ("not_found", 404, openai.NotFoundError, "not_found"),
+        ("conflict", 409, openai.ConflictError, "conflict"),
         ("overloaded", 429, openai.RateLimitError, "overloaded"),
         ("unavailable", 503, openai.InternalServerError, "unavailable"),
         ("internal", 500, openai.InternalServerError, "internal_error"),

@@ -1,0 +1,86 @@
+"""What is stored of sessions, and under which keys.
+
+`session.ID` has the order of a session's turns and who has claimed it, `turn.RESPONSE_ID` one
+turn. A turn is written once; the session's record alone says whether it belongs to it.
+"""
+
+import re
+import uuid
+from typing import Literal
+
+from common.protocol import ErrorInfo, PipelineError, Usage
+from common.protocol_agent import Item
+
+import msgspec
+
+MAX_ID = 64
+_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ID}}}")
+
+
+class StoredResponse(msgspec.Struct, omit_defaults=True):
+    """One turn: what was asked and what the agent made of it. `created` is in Unix seconds."""
+
+    id: str
+    session: str
+    created: int
+    model: str
+    status: Literal["completed", "incomplete", "failed"]
+    usage: Usage
+    input: list[Item]
+    output: list[Item]
+    instructions: str = ""
+    previous_response_id: str | None = None
+    conversation: str | None = None
+    reason: str | None = None
+    error: ErrorInfo | None = None
+    user: str = ""
+
+
+class TurnRef(msgspec.Struct, omit_defaults=True):
+    """A turn in a session's record; `size` is in bytes. A `shared` one was made in another."""
+
+    id: str
+    size: int
+    shared: bool = False
+
+
+class Claim(msgspec.Struct):
+    """The run that may change the session, until a time in Unix seconds."""
+
+    holder: str
+    until: float
+
+
+class SessionRecord(msgspec.Struct, omit_defaults=True):
+    """A session: its turns, oldest first, of which some may have been forgotten."""
+
+    user: str = ""
+    turns: list[TurnRef] = []
+    claim: Claim | None = None
+
+
+def is_id(text: str) -> bool:
+    """Whether it may be part of a key: no dots, wildcards or spaces."""
+    return _ID.fullmatch(text) is not None
+
+
+def new_session_id() -> str:
+    return f"conv_{uuid.uuid4().hex}"
+
+
+def session_key(session: str) -> str:
+    return f"session.{session}"
+
+
+def turn_key(response_id: str) -> str:
+    return f"turn.{response_id}"
+
+
+def no_such_response(response_id: str) -> PipelineError:
+    message = f"There is no stored response {response_id[:MAX_ID]!r}."
+    return PipelineError("not_found", message, "previous_response_id")
+
+
+def no_such_conversation(conversation: str) -> PipelineError:
+    message = f"There is no conversation {conversation[:MAX_ID]!r}."
+    return PipelineError("not_found", message, "conversation")
