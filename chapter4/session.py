@@ -6,11 +6,11 @@ from collections.abc import Callable
 from types import TracebackType
 
 from chapter4.history import shortened
-from chapter4.session_records import SessionRecord, StoredResponse, TurnRef
+from chapter4.session_records import SessionRecord, TurnRef
 from chapter4.session_settings import SessionSettings
 from chapter4.session_store import SessionStore
 from common.protocol import PipelineError
-from common.protocol_agent import AgentRequest, Item, RunEnded
+from common.protocol_agent import AgentRequest, Item, RunEnded, StoredResponse
 from common.telemetry import log
 
 import msgspec
@@ -136,6 +136,7 @@ class Session:
             reason=ended.reason,
             error=ended.error,
             user=request.user,
+            document=request.document,
         )
 
     def _encoded(self, turn: StoredResponse) -> bytes:

@@ -1,39 +1,19 @@
 """What is stored of sessions, and under which keys.
 
 `session.ID` has the order of a session's turns and who has claimed it, `turn.RESPONSE_ID` one
-turn. A turn is written once; the session's record alone says whether it belongs to it.
+turn, a `StoredResponse`. A turn is written once; whether it belongs to a session, the session's
+record alone says.
 """
 
 import re
 import uuid
-from typing import Literal
 
-from common.protocol import ErrorInfo, PipelineError, Usage
-from common.protocol_agent import Item
+from common.protocol import PipelineError
 
 import msgspec
 
 MAX_ID = 64
 _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ID}}}")
-
-
-class StoredResponse(msgspec.Struct, omit_defaults=True):
-    """One turn: what was asked and what the agent made of it. `created` is in Unix seconds."""
-
-    id: str
-    session: str
-    created: int
-    model: str
-    status: Literal["completed", "incomplete", "failed"]
-    usage: Usage
-    input: list[Item]
-    output: list[Item]
-    instructions: str = ""
-    previous_response_id: str | None = None
-    conversation: str | None = None
-    reason: str | None = None
-    error: ErrorInfo | None = None
-    user: str = ""
 
 
 class TurnRef(msgspec.Struct, omit_defaults=True):

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from chapter4.kv_bucket import Bucket
 from chapter4.session_records import (
     SessionRecord,
-    StoredResponse,
     TurnRef,
     session_key,
     turn_key,
 )
 from common.protocol import PipelineError
+from common.protocol_agent import StoredResponse
 from common.telemetry import log
 
 import msgspec

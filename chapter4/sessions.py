@@ -17,7 +17,6 @@ from chapter4.session_records import (
     MAX_ID,
     Claim,
     SessionRecord,
-    StoredResponse,
     TurnRef,
     is_id,
     new_session_id,
@@ -27,7 +26,7 @@ from chapter4.session_records import (
 from chapter4.session_settings import SessionSettings
 from chapter4.session_store import Found, SessionStore
 from common.protocol import PipelineError
-from common.protocol_agent import AgentRequest
+from common.protocol_agent import AgentRequest, StoredResponse
 
 import msgspec
 
@@ -193,10 +192,11 @@ class Sessions:
     def _check_size(self, request: AgentRequest) -> None:
         """What is asked may take half of a turn; what comes of it needs room, too."""
         most = min(self._settings.max_turn, self._store.max_value) // 2
-        size = len(msgspec.json.encode(request.input))
+        parts = (request.input, request.instructions, request.document)
+        size = len(msgspec.json.encode(parts))
         if request.store and size > most:
             message = (
-                f"The input has {size} bytes; of a response that is stored it may have {most}. "
+                f"The request has {size} bytes; of a response that is stored it may have {most}. "
                 "Send less, or 'store': false."
             )
             raise PipelineError("too_large", message, "input")

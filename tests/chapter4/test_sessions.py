@@ -11,12 +11,8 @@ from chapter4.sessions import Sessions, open_sessions
 from common.protocol import PipelineError, Usage
 from common.protocol_agent import (
     AgentRequest,
-    FunctionCallItem,
-    FunctionOutputItem,
-    Item,
     MessageItem,
     RunEnded,
-    ToolRunItem,
 )
 
 import pytest
