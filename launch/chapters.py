@@ -40,6 +40,7 @@ class Options:
 ENGINE = Component("engine", options=("backend", "model"), replicated=True)
 LABORATORY_ENGINE = Component("engine", options=("backend", "model"), replicated=True, roles=True)
 PROCESSOR = Component("processor", options=("model",))
+AGENT = Component("agent")
 FRONTEND = Component("frontend", options=("port",))
 ROUTER = Component("router", options=("policy",))
 LABORATORY_ROUTER = Component("router", options=("policy", "shadow"), several=True)
@@ -50,7 +51,7 @@ CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
     "chapter3": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
-    "chapter4": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
+    "chapter4": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, AGENT, FRONTEND),
 }
 
 ENGINES = {"chapter2": 2, "chapter3": 4, "chapter4": 2}  # where one is not enough to see the lesson

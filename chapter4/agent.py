@@ -1,0 +1,104 @@
+"""The agent component: a task in; tools called, what they say considered, an answer out.
+
+Stands between frontend and processor. Each step of a run is a request to the processor, with what
+the agent is about to do as hints for the router. What was said is kept in NATS JetStream, so that
+any agent can go on with any session.
+Endpoints: `agent.run`; `agent.get_response`, `agent.delete_response` and
+`agent.delete_conversation` for what is stored.
+"""
+
+import argparse
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from chapter4.agent_loop import Run
+from chapter4.agent_model import Model
+from chapter4.agent_tools import own_tools
+from chapter4.sessions import open_sessions
+from chapter4.tool_times import ToolTimes
+from chapter4.toolbox import add_tool_arguments, open_toolbox
+from common.handlers import Handler
+from common.protocol import PipelineError, Usage, from_wire, to_wire
+from common.protocol_agent import (
+    AgentRequest,
+    RunEnded,
+    StoredOutput,
+    StoredQuery,
+    StoredResponse,
+)
+from common.telemetry import request_log
+from common.worker import Lifecycle, add_common_arguments, run
+
+from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+
+
+@dynamo_worker()
+async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
+    processor = await runtime.endpoint(f"{args.namespace}.processor.process").client()
+    processor_info = await runtime.endpoint(f"{args.namespace}.processor.info").client()
+    model = Model(processor, processor_info)
+    times = ToolTimes()
+
+    async def run_agent(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        log = request_log(context.id())
+        usage = Usage(0, 0)
+        try:
+            wanted = from_wire(request, AgentRequest)
+            tools = own_tools(wanted, toolbox)
+            async with await sessions.begin(wanted) as session:
+                this_run = Run(
+                    wanted, session.history, tools, model, times, context, session.id, usage=usage
+                )
+                async with aclosing(this_run.events()) as events:
+                    async for event in events:
+                        if isinstance(event, RunEnded):
+                            log.info("%s: %s after %s", session.id, event.status, usage)
+                            if event.reason != "cancelled":  # else it has never been
+                                await session.commit(this_run.items, event)
+                        yield to_wire(event)
+        except PipelineError as error:
+            log.warning("failed: %s", error)
+            yield to_wire(RunEnded("failed", usage, error=error.info))
+
+    def stored(act: Callable[[StoredQuery], Awaitable[StoredResponse | None]]) -> Handler:
+        """A handler of queries about what is stored."""
+
+        async def answer(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
+            try:
+                found = StoredOutput(await act(from_wire(request, StoredQuery)))
+            except PipelineError as error:
+                found = StoredOutput(error=error.info)
+            yield to_wire(found)
+
+        return answer
+
+    async with open_toolbox(args) as toolbox, open_sessions(args.namespace) as sessions:
+        await life.serve(
+            runtime,
+            {
+                f"{args.namespace}.agent.run": run_agent,
+                f"{args.namespace}.agent.get_response": stored(
+                    lambda query: sessions.get(query.id, query.user)
+                ),
+                f"{args.namespace}.agent.delete_response": stored(
+                    lambda query: sessions.delete(query.id, query.user)
+                ),
+                f"{args.namespace}.agent.delete_conversation": stored(
+                    lambda query: sessions.delete_conversation(query.id, query.user)
+                ),
+            },
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    add_tool_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(worker, parse_args(), "agent")

@@ -1,0 +1,216 @@
+"""The loop of an agent: ask the model, run the tools it calls, show it what they say, answer."""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from chapter4.agent_calls import run_calls
+from chapter4.agent_model import Model, TokenEstimate
+from chapter4.agent_step import Step
+from chapter4.history import fit, messages_of
+from chapter4.run_tool import ToolResult, run_tool
+from chapter4.tool_times import ToolTimes
+from chapter4.tools import Tool, ToolContext
+from common.protocol import AnswerReason, PipelineError, Usage
+from common.protocol_agent import (
+    AgentEvent,
+    AgentRequest,
+    FunctionCallItem,
+    Item,
+    ItemDone,
+    MessageItem,
+    RunEnded,
+    StepEnded,
+    StepStarted,
+    ToolProcessRequest,
+    ToolRunItem,
+)
+from common.protocol_routing import AgentState
+from common.protocol_tools import FunctionTool, ToolChoice
+
+from dynamo.runtime import Context
+from msgspec.structs import replace
+
+ANSWER_SHARE = 0.25  # of the context length is kept free for the answer
+MAX_REFITS = 3
+ANSWER = ToolChoice("none")
+
+
+@dataclass(frozen=True)
+class OwnTool:
+    """A tool that the agent runs, and the set it is of."""
+
+    server: str
+    tool: Tool
+
+
+@dataclass
+class Run:
+    """One run: what was said before, what may be used, and what has been made so far.
+
+    With tools and a JSON schema for the answer, the model first answers freely, in a draft that
+    nobody sees; when that calls no tool any more, it is asked again, with the schema. The last
+    step of the budget has no tools, so that it is an answer.
+    """
+
+    request: AgentRequest
+    history: list[Item]
+    tools: Mapping[str, OwnTool]
+    model: Model
+    times: ToolTimes
+    context: Context
+    session: str
+    items: list[Item] = field(default_factory=list)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    _calls: int = 0
+    _estimate: TokenEstimate = field(default_factory=TokenEstimate)
+
+    async def events(self) -> AsyncGenerator[AgentEvent, None]:
+        """All that happens; the last event is `RunEnded`.
+
+        Raises:
+            PipelineError: the model cannot be asked.
+        """
+        budget = self.request.budget
+        deadline = time.monotonic() + budget.seconds
+        answer_now = False
+        for number in range(1, budget.steps + 1):
+            choice = ANSWER if answer_now or number == budget.steps else self._choice(number)
+            draft = choice != ANSWER and self.request.sampling.json_schema is not None
+            servers = {name: own.server for name, own in self.tools.items()}
+            step = Step(number, len(self.items), servers, draft=draft)
+            finish: AnswerReason | None = None
+            async for event in self._ask(step, number, choice, deadline):
+                if isinstance(event, StepEnded):
+                    finish = event.finish_reason
+                yield event
+            if (said := step.message()) is not None:
+                self.items.append(said.item)
+                yield said
+            if (reason := self._over(deadline, finish)) is not None:
+                yield self._ended(reason)  # its calls, if any, may have been cut off
+                return
+            async for event in run_calls(
+                step.calls, self._run_tool(deadline), self._calls_left(), self.context
+            ):
+                if isinstance(event, ItemDone) and isinstance(event.item, ToolRunItem):
+                    self._calls += 1
+                    self.times.add(event.seconds)
+                yield event
+            self.items += step.calls.values()
+            if (reason := self._over(deadline, finish)) is not None:
+                yield self._ended(reason)
+                return
+            if any(isinstance(call, FunctionCallItem) for call in step.calls.values()):
+                break  # the caller goes on
+            if not step.calls and not draft:
+                break
+            answer_now = not step.calls
+        yield self._ended(None)
+
+    def _ended(self, reason: str | None) -> RunEnded:
+        status = "completed" if reason is None else "incomplete"
+        return RunEnded(status, self.usage, reason, conversation=self.session)
+
+    def _over(self, deadline: float, finish: AnswerReason | None) -> str | None:
+        """Why the run cannot go on, if it cannot."""
+        if self.context.is_stopped():
+            return "cancelled"
+        if time.monotonic() >= deadline:
+            return "timeout"
+        used_up = self.usage.completion_tokens >= self.request.budget.output_tokens
+        return "max_output_tokens" if finish == "length" or used_up else None
+
+    def _choice(self, number: int) -> ToolChoice:
+        plan = self.request.plan
+        if not (self.tools or self.request.functions) or not self._calls_left():
+            return ANSWER
+        if number <= len(plan):
+            return ToolChoice("required", plan[number - 1])
+        return self.request.tool_choice if number == len(plan) + 1 else ToolChoice()
+
+    def _calls_left(self) -> int:
+        return max(self.request.budget.tool_calls - self._calls, 0)
+
+    def _run_tool(self, deadline: float) -> Callable[[ToolRunItem], Awaitable[ToolResult]]:
+        context = ToolContext(self.request.user, self.session)
+
+        async def run(call: ToolRunItem) -> ToolResult:
+            tool = self.tools[call.name].tool
+            return await run_tool(tool, call.arguments, context, deadline=deadline)
+
+        return run
+
+    async def _ask(
+        self, step: Step, number: int, choice: ToolChoice, deadline: float
+    ) -> AsyncGenerator[AgentEvent, None]:
+        """One answer of the model, with as much of the past as the context has room for."""
+        window = round(await self.model.context_length() * (1 - ANSWER_SHARE))
+        for attempt in range(MAX_REFITS + 1):
+            kept = self._kept(window)
+            wanted = self._wanted(kept, number, choice)
+            if attempt == 0:
+                yield StepStarted(number, len(kept))
+            started, ttft_ms = time.perf_counter(), 0.0
+            try:
+                async for output in self.model.answer(wanted, self.context, number, deadline):
+                    if output.tokens:
+                        ttft_ms = ttft_ms or (time.perf_counter() - started) * 1e3
+                    for event in step.push(output):
+                        yield event
+                    if (usage := output.usage) is not None:
+                        self._estimate.learn(wanted.messages or [], usage.prompt_tokens)
+                        self._add(usage)
+                        finish, worker = output.finish_reason, output.worker_id
+                        yield StepEnded(number, usage, ttft_ms, worker, finish)
+                return
+            except PipelineError as error:
+                too_long = error.info.kind == "invalid_request" and error.info.param == "token_ids"
+                if not too_long or attempt == MAX_REFITS:
+                    raise
+                self._estimate.too_low()
+
+    def _kept(self, window: int) -> list[Item]:
+        """What of all that was said the model is shown."""
+        rules: list[Item] = []
+        if self.request.instructions:
+            rules.append(MessageItem("system", self.request.instructions))
+        new = [*self.request.input, *self.items]
+        past = [*rules, *self.history]
+        return fit(past, new, window_tokens=window, count=self._estimate.count)
+
+    def _wanted(self, kept: list[Item], number: int, choice: ToolChoice) -> ToolProcessRequest:
+        request = self.request
+        answers = choice == ANSWER
+        state: AgentState = "answering"
+        if not answers:
+            state = "calling" if choice.mode == "required" else "planning"
+        left = request.budget.output_tokens - self.usage.completion_tokens
+        return ToolProcessRequest(
+            model=request.model,
+            messages=messages_of(kept, tools=bool(self.tools or request.functions)),
+            sampling=replace(
+                request.sampling,
+                max_tokens=min(request.sampling.max_tokens or left, left),
+                json_schema=request.sampling.json_schema if answers else None,
+            ),
+            hints=replace(
+                request.hints,
+                session=request.hints.session or self.session,
+                agent_state=state,
+                next_turn_s=None if answers else self.times.expected_s(),
+                step=number,
+            ),
+            tools=[*request.functions, *(_function(own.tool) for own in self.tools.values())],
+            tool_choice=choice,
+            parallel_tool_calls=request.parallel_tool_calls,
+        )
+
+    def _add(self, usage: Usage) -> None:
+        self.usage.prompt_tokens += usage.prompt_tokens
+        self.usage.completion_tokens += usage.completion_tokens
+        self.usage.cached_tokens += usage.cached_tokens
+
+
+def _function(tool: Tool) -> FunctionTool:
+    return FunctionTool(tool.name, tool.description, tool.parameters)

@@ -1,0 +1,121 @@
+"""The agent's questions to the model: one request to the processor each."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from common.dispatch import dispatch
+from common.protocol import (
+    ChatMessage,
+    InfoOutput,
+    PipelineError,
+    TextOutput,
+    from_wire,
+    hop_error,
+    to_wire,
+)
+from common.protocol_agent import ToolProcessRequest
+from common.waiting import link
+
+from dynamo.runtime import Client, Context
+
+TOKENS_A_CHARACTER = 0.4  # more than English has: rather leave out a turn than be refused
+MARGIN = 1.05
+
+
+class Model:
+    """What the processor can be asked by every run; `processor` is a client of its `process`."""
+
+    def __init__(self, processor: Client, processor_info: Client) -> None:
+        self._processor = processor
+        self._info = processor_info
+        self._context_length: int | None = None
+
+    async def context_length(self) -> int:
+        """How many tokens a prompt and its answer may have together.
+
+        Raises:
+            PipelineError: the processor does not know, or is not there.
+        """
+        if self._context_length is None:
+            try:
+                stream = await self._info.round_robin({}, annotated=False)
+                replies = [from_wire(item, InfoOutput) async for item in stream]
+            except Exception as error:
+                raise PipelineError.of(hop_error(error, "processor")) from error
+            if replies and replies[0].error is not None:
+                raise PipelineError.of(replies[0].error)
+            if not replies or replies[0].engine is None:
+                raise PipelineError("unavailable", "The processor gave no answer.")
+            self._context_length = replies[0].engine.context_length
+        return self._context_length
+
+    async def answer(
+        self, request: ToolProcessRequest, parent: Context, number: int, deadline: float
+    ) -> AsyncGenerator[TextOutput, None]:
+        """The items of one answer; it ends early, without the last one, if it is stopped.
+
+        That is when `parent` is stopped, or at the `deadline` (of `time.monotonic`). The step's
+        `number` is a part of the request's id: the router and the engines keep the steps apart.
+
+        Raises:
+            PipelineError: the request failed, at any point of the stream.
+        """
+        context = parent.detached(f"{parent.id()}-{number}")
+        linked = asyncio.ensure_future(link(parent, context))
+        seconds = max(deadline - time.monotonic(), 0.0)
+        timer = asyncio.get_running_loop().call_later(seconds, context.stop_generating)
+        wire = to_wire(request)
+        failure: PipelineError | None = None
+        ended = False
+        try:
+            async for item in dispatch(
+                lambda: self._processor.round_robin(wire, annotated=False, context=context), context
+            ):
+                output = from_wire(item, TextOutput)
+                if output.error is not None:
+                    failure = PipelineError.of(output.error)
+                else:
+                    ended |= output.finish_reason is not None
+                    yield output
+        except Exception as error:
+            failure = PipelineError.of(hop_error(error, "processor"))
+            failure.__cause__ = error
+        finally:
+            timer.cancel()
+            linked.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await linked
+        if context.is_stopped():
+            return
+        if failure is not None:
+            raise failure
+        if not ended:
+            raise PipelineError("unavailable", "The processor ended the stream too early.")
+
+
+class TokenEstimate:
+    """How many tokens messages have, by what the last prompt of this run had."""
+
+    def __init__(self) -> None:
+        self._ratio = TOKENS_A_CHARACTER
+
+    def count(self, messages: list[ChatMessage]) -> int:
+        return round(_characters(messages) * self._ratio)
+
+    def learn(self, messages: list[ChatMessage], tokens: int) -> None:
+        self._ratio = tokens / _characters(messages) * MARGIN
+
+    def too_low(self) -> None:
+        """The prompt did not fit."""
+        self._ratio *= 1.5
+
+
+def _characters(messages: list[ChatMessage]) -> int:
+    return sum(
+        16
+        + len(message.content)
+        + sum(32 + len(call.name) + len(call.arguments) for call in message.tool_calls)
+        for message in messages
+    )

@@ -1,0 +1,39 @@
+"""What one run may call, from what its request names."""
+
+from chapter4.agent_loop import OwnTool
+from chapter4.toolbox import Toolbox
+from common.protocol import PipelineError
+from common.protocol_agent import AgentRequest
+
+
+def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
+    """The tools that the agent runs, by name. A model can call these and the caller's functions.
+
+    Raises:
+        PipelineError: kind `invalid_request`: a set or tool does not exist, two have one name,
+            or one is to be called that the request does not give.
+    """
+    functions = {function.name for function in request.functions}
+    own: dict[str, OwnTool] = {}
+    for toolset in request.toolsets:
+        for tool in toolbox.tools(toolset):
+            if tool.name in functions or tool.name in own:
+                other = own[tool.name].server if tool.name in own else "your functions"
+                message = f"{tool.name!r} is in {toolset.server} and in {other}; allow one of them."
+                raise PipelineError("invalid_request", message, "tools")
+            own[tool.name] = OwnTool(toolset.server, tool)
+    given = sorted({*functions, *own})
+    named = [("tool_choice", request.tool_choice.name), *(("tool_plan", n) for n in request.plan)]
+    for param, name in named:
+        if name is not None and name not in given:
+            there_are = ", ".join(given) or "none"
+            message = f"'{param}': {name!r} is no tool of this request; there are: {there_are}."
+            raise PipelineError("invalid_request", message, param)
+    if request.tool_choice.mode == "required" and not given:
+        raise PipelineError("invalid_request", "'tool_choice': There is no tool.", "tool_choice")
+    if len(request.plan) >= request.budget.steps:
+        message = (
+            f"'tool_plan': {len(request.plan)} calls leave no step of the {{}} for the answer."
+        )
+        raise PipelineError("invalid_request", message.format(request.budget.steps), "tool_plan")
+    return own
