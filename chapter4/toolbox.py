@@ -1,10 +1,16 @@
 """The tools that the agent runs: its own ones (`builtin`), and those of MCP servers."""
 
 import argparse
+import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+from chapter4.builtin_tools import document_tools, python_tool
 from chapter4.calculator import calculator
+from chapter4.date_time import date_time
+from chapter4.documents import Documents
+from chapter4.http_get import AllowedHost, http_get_tool
 from chapter4.tools import Tool, function_tool
 from common.protocol import PipelineError
 from common.protocol_agent import ToolSet
@@ -44,9 +50,49 @@ def _missing(kind: str, name: str, there_are: Iterable[str]) -> PipelineError:
 
 def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the tools may reach."""
+    parser.add_argument(
+        "--documents",
+        type=_folder,
+        metavar="DIR",
+        default=os.environ.get("DOCUMENTS", str(Path(__file__).parent / "documents")),
+        help="the folder that search_documents searches (env DOCUMENTS, that of the chapter)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        type=_host,
+        action="append",
+        metavar="HOST[:PORT]",
+        default=[],
+        help="http_get may ask this host; may repeat (none). One in a private network, or on a "
+        "port other than 80 and 443, needs its port",
+    )
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
+
+
+def _host(text: str) -> AllowedHost:
+    try:
+        return AllowedHost.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @asynccontextmanager
 async def open_toolbox(args: argparse.Namespace) -> AsyncIterator[Toolbox]:
     """The tools that `add_tool_arguments` asks for, until the end of the block."""
-    yield Toolbox({BUILTIN: [function_tool(calculator)]})
+    yield Toolbox({BUILTIN: builtin_tools(args)})
+
+
+def builtin_tools(args: argparse.Namespace) -> list[Tool]:
+    """Our own tools; `http_get` is one of them where the operator allows a host."""
+    return [
+        function_tool(calculator),
+        function_tool(date_time),
+        *document_tools(Documents(args.documents)),
+        python_tool(),
+        *([http_get_tool(args.allow_host)] if args.allow_host else []),
+    ]

@@ -79,7 +79,8 @@ def function_tool(
             raise TypeError(f"the parameter {parameter.name} of the tool {name} needs a name")
         else:
             # Aliases, as a field of a model may not be called `json` or `copy`.
-            named = Annotated[parameter.annotation, pydantic.Field(alias=parameter.name)]
+            annotation: Any = parameter.annotation
+            named: Any = Annotated[annotation, pydantic.Field(alias=parameter.name)]
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[f"argument_{parameter.name}"] = (named, default)
     model = pydantic.create_model(f"{name}_arguments", **fields)

@@ -1,0 +1,152 @@
+"""The tool `http_get`: fetch a page from one of the hosts that the operator allows.
+
+A host is allowed by its name, or by name and port. Only in the latter case may the name stand for
+an address of this machine or of a private network: else a name that points there would open what
+is behind the firewall. The connection goes to the address that was looked at, not to what the name
+means a moment later. A redirect is followed to an allowed host alone.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated
+
+from chapter4.tools import Tool, ToolError, function_tool
+
+import httpx
+from pydantic import Field
+
+MAX_BYTES = 2**20
+MAX_REDIRECTS = 5
+TIMEOUT_S = 15.0
+TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
+_PORTS = {"http": 80, "https": 443}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class AllowedHost:
+    """A host that may be asked; without a port, on those of http and https."""
+
+    name: str
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "AllowedHost":
+        """From `HOST`, `HOST:PORT` or `[IPV6]:PORT`.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        try:
+            url = httpx.URL(f"http://{text}/")
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{text!r} is no host") from error
+        if not url.host or str(url) != f"http://{text.lower()}/" or "*" in text:
+            raise ValueError(f"{text!r} is not HOST or HOST:PORT")
+        return cls(_plain(url.host), url.port)
+
+    def __str__(self) -> str:
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        return name if self.port is None else f"{name}:{self.port}"
+
+
+def http_get_tool(allowed: Collection[AllowedHost]) -> Tool:
+    hosts = ", ".join(map(str, allowed))
+
+    async def http_get(
+        url: Annotated[str, Field(max_length=2000, description=f"of one of these hosts: {hosts}")],
+    ) -> str:
+        """Fetch a web page or another text over HTTP."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return await _get(url, allowed)
+        except TimeoutError as error:
+            raise ToolError(f"no answer within {TIMEOUT_S:g} s", transient=True) from error
+        except httpx.TransportError as error:
+            raise ToolError(f"the connection failed: {error}", transient=True) from error
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise ToolError(f"it failed: {error}") from error
+
+    return function_tool(http_get, timeout_s=TIMEOUT_S + 5)
+
+
+async def _get(text: str, allowed: Collection[AllowedHost]) -> str:
+    # Neither proxies nor passwords from the environment, no cookies.
+    async with httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
+        url = httpx.URL(text)
+        for _ in range(MAX_REDIRECTS + 1):
+            request = await _request(client, url, allowed)
+            response = await client.send(request, stream=True)
+            try:
+                if not response.has_redirect_location:
+                    return await _text(response)
+                url = url.join(response.headers["location"])
+            finally:
+                await response.aclose()
+        raise ToolError(f"more than {MAX_REDIRECTS} redirects")
+
+
+async def _request(
+    client: httpx.AsyncClient, url: httpx.URL, allowed: Collection[AllowedHost]
+) -> httpx.Request:
+    """A request to an address that the URL's host may have.
+
+    Raises:
+        ToolError: the URL, its host or its address is not allowed.
+    """
+    if url.scheme not in _PORTS or url.userinfo or not url.host:
+        raise ToolError("the URL must be http://HOST/… or https://HOST/…, without a password")
+    host, port = _plain(url.host), url.port or _PORTS[url.scheme]
+    with_port = AllowedHost(host, port) in allowed
+    if not with_port and (AllowedHost(host) not in allowed or port != _PORTS[url.scheme]):
+        there_are = ", ".join(map(str, allowed))
+        raise ToolError(f"{host}:{port} is not allowed; allowed are {there_are}")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ToolError(f"{host} is not known: {error.strerror}", transient=True) from error
+    address = str(found[0][4][0])
+    if not with_port and not _is_public(address):
+        raise ToolError(f"{host} is in a private network; it is allowed with its port alone")
+    headers = {"host": url.netloc.decode(), "accept-encoding": "identity"}
+    extensions = {"sni_hostname": host}
+    return client.build_request(
+        "GET", url.copy_with(host=address), headers=headers, extensions=extensions
+    )
+
+
+async def _text(response: httpx.Response) -> str:
+    """The body, as far as it is text and not too long."""
+    kind = response.headers.get("content-type", "text/plain").lower()
+    if not kind.startswith(TEXT_TYPES):
+        raise ToolError(f"it is no text but {kind[:100]}")
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ToolError("it is compressed, which was not asked for")
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > MAX_BYTES:
+            break
+    cut = f"\n[only the first {MAX_BYTES} bytes]" if len(body) > MAX_BYTES else ""
+    text = bytes(body[:MAX_BYTES]).decode(response.charset_encoding or "utf-8", "replace")
+    if response.is_success:
+        return text + cut
+    busy = response.status_code in (429, 502, 503, 504)
+    raise ToolError(f"HTTP status {response.status_code}: {text[:300]}", transient=busy)
+
+
+def _plain(host: str) -> str:
+    return host.lower().rstrip(".")
+
+
+def _is_public(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        elif address.sixtofour or address.teredo or address in _NAT64:
+            return False  # an IPv4 address in disguise
+    return address.is_global and not address.is_multicast
