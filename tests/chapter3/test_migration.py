@@ -114,6 +114,7 @@ def test_engines_that_leave_or_refuse_are_not_killed_by_the_request() -> None:
         ("invalid_request", 0, False),
         ("invalid_request", 1, False),
         ("too_large", 1, False),
+        ("conflict", 1, False),
     ],
 )
 def test_what_another_engine_may_help_against(kind: Any, tokens: int, expected: bool) -> None:

@@ -36,10 +36,15 @@ async def full(request: Request) -> Response:
     raise PipelineError("overloaded", "Try again later.")
 
 
+async def busy(request: Request) -> Response:
+    raise PipelineError("conflict", "Another run has the session.")
+
+
 ROUTES = [
     Route("/", upload, methods=["POST"]),
     Route("/broken", broken),
     Route("/full", full),
+    Route("/busy", busy),
 ]
 APP = with_request_id(Starlette(routes=ROUTES, exception_handlers=EXCEPTION_HANDLERS))
 
@@ -57,6 +62,7 @@ def client(**options: Any) -> httpx.AsyncClient:
         ("GET", "/nothing", 404),
         ("GET", "/broken", 500),
         ("GET", "/full", 429),
+        ("GET", "/busy", 409),
     ],
 )
 async def test_every_response_has_a_request_id(method: str, path: str, status: int) -> None:
@@ -154,6 +160,8 @@ async def test_a_client_that_leaves_during_the_upload(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
+        (PipelineError("conflict", "busy"), (409, "conflict")),
+        (PipelineError("not_found", "no such response"), (404, "not_found")),
         (PipelineError("too_large", ""), (413, "too_large")),
         (HTTPException(408), (408, "invalid_request")),
         (ClientDisconnect(), (499, "cancelled")),
