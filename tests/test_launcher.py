@@ -3,7 +3,7 @@
 import argparse
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import chapter3.policy_loader
@@ -34,11 +34,11 @@ async def test_a_broken_request_is_put_down_to_the_child_that_is_just_ending(
     """The frontend's error arrives first; what helps is the engine's last words."""
     running = of_one_process(children, "", SERVE)
 
-    async def ask(url: str, question: str, on_text: Callable[[str], None]) -> None:
+    async def answer(url: str, arguments: argparse.Namespace) -> None:
         os.kill(running.processes["engine0"].pid, signal.SIGKILL)
         raise LaunchError("the pipeline answered 500: engine is gone")  # before anybody knows
 
-    monkeypatch.setattr("launch.launcher.ask", ask)
+    monkeypatch.setattr("launch.launcher.answer_questions", answer)
     monkeypatch.setattr("launch.launcher.CHILD_ENDS_S", 60.0)
     arguments = argparse.Namespace(chapter="chapter1", ask=["hi"], backend=None)
     with pytest.raises(ChildFailedError, match="was killed by SIGKILL"):
