@@ -1,0 +1,231 @@
+"""What it is worth that the router knows what agents do: the time of their tasks, with and without.
+
+    python -m benchmarks.agent --json FILE [--quick] [--simulated]
+
+Agents with scripts, not models, do tasks of some steps; while a tool runs, a crowd of single
+questions takes their place in the caches and in the queue. That is the load at which it matters:
+half of what an engine has cached would do for its agents, the crowd fills the other half in less
+time than a tool takes, and the engines are busy, but not so that queues grow for ever. With less
+of a crowd nothing is evicted and nobody waits, and all policies are alike.
+
+Chapter 4's pipeline routes all of it, once with the policy of chapter 3 and no hints, once with
+the policy `agent` and the agents' hints. Every run begins with empty caches. The cached share is
+that of the agents' steps, by what the engines say; the oracle is one endless cache. If a run is
+not what it should be, no ratio is printed.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+from typing import Any
+
+from benchmarks.agent_pipeline import Engines, bench
+from benchmarks.agent_run import Contender, Run, contender, run
+from benchmarks.agent_workload import Size, oracle_share, workload
+from benchmarks.report import (
+    GuardError,
+    argument_parser,
+    markdown_table,
+    median,
+    with_spread,
+    write_result,
+)
+from common.model_files import DEFAULT_MODEL
+from common.text import load_text_model
+from launch.child import ChildFailedError
+
+CONTENDERS = "earliest_start,agent"
+BAR_TIME, BAR_SHARE = 0.85, 0.95
+
+# Two engines of one thread each compute about 150 prompt tokens a second, both together.
+REAL = Engines("llamacpp", 2, 2048, ("threads=1", "batch_threads=1", "max_running=2"))
+FULL = Size(
+    agents=6,
+    tasks=1,
+    steps=(6, 12),
+    tool_s=(5.0, 15.0),
+    system=96,
+    task=(16, 32),
+    said=16,
+    returned=(8, 24),
+    answer=24,
+    crowd_per_s=0.55,
+    crowd_prompt=(192, 320),
+    crowd_answer=16,
+    alone_s=10.0,
+)
+QUICK = Size(
+    **{**FULL.__dict__, "agents": 4, "steps": (2, 4), "tool_s": (2.0, 6.0), "alone_s": 5.0}
+)
+
+SIMULATED = Engines(
+    "simulated",
+    4,
+    32_768,
+    ("prefill_tokens_per_s=4000", "decode_base_ms=15", "max_running=8", "context_length=16384"),
+)
+SIMULATED_FULL = Size(
+    agents=32,
+    tasks=1,
+    steps=(6, 12),
+    tool_s=(5.0, 15.0),
+    system=512,
+    task=(64, 256),
+    said=32,
+    returned=(64, 256),
+    answer=64,
+    crowd_per_s=5.5,
+    crowd_prompt=(1024, 3072),
+    crowd_answer=64,
+    alone_s=15.0,
+)
+SIMULATED_QUICK = Size(
+    **{
+        **SIMULATED_FULL.__dict__,
+        "agents": 16,
+        "steps": (2, 4),
+        "tool_s": (2.0, 6.0),
+        "alone_s": 5.0,
+    }
+)
+
+Rounds = dict[str, list[Run]]
+
+
+async def measure(
+    engines: Engines, size: Size, seeds: list[int], contenders: list[Contender]
+) -> tuple[Rounds, list[float]]:
+    """The runs by contender, one a seed, and the oracle's shares."""
+    text = load_text_model(DEFAULT_MODEL)
+    found: Rounds = {who.name: [] for who in contenders}
+    shares = []
+    async with bench(engines, text.name) as running:
+        for seed in seeds:
+            load = workload(text, size, seed)
+            shares.append(oracle_share(load.steps, engines.block_size))
+            order = list(contenders)
+            random.Random(seed).shuffle(order)  # the machine's speed drifts
+            for who in order:
+                result = await run(running, who, load, text)
+                found[who.name].append(result)
+                figures = ", ".join(f"{key} {value:.3g}" for key, value in result.figures.items())
+                print(f"seed {seed}: {who.name}: {figures}", file=sys.stderr)
+                for fault in result.faults:
+                    print(f"seed {seed}: {who.name}: {fault}", file=sys.stderr)
+    return found, shares
+
+
+def summary(found: Rounds, shares: list[float]) -> list[dict[str, Any]]:
+    rows = []
+    for name, runs in found.items():
+        rounds = {key: [run.figures[key] for run in runs] for key in runs[0].figures}
+        of_oracle = [c / o for c, o in zip(rounds["cached_share"], shares, strict=True)]
+        rows.append(
+            {
+                "name": name,
+                **{key: round(median(values), 4) for key, values in rounds.items()},
+                "oracle_share": round(median(shares), 4),
+                "of_oracle": round(median(of_oracle), 4),
+                "rounds": {**rounds, "of_oracle": of_oracle},
+                "faults": [fault for run in runs for fault in run.faults],
+            }
+        )
+    return rows
+
+
+def ratio(rows: list[dict[str, Any]]) -> float | None:
+    """The last contender's task p50 over the first's, seed by seed; None: not to be compared."""
+    first, last = rows[0], rows[-1]
+    if any(row["faults"] for row in rows):
+        return None
+    pairs = zip(last["rounds"]["task_p50_s"], first["rounds"]["task_p50_s"], strict=True)
+    return median([after / before for after, before in pairs])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = {
+        "task p50 s": ("task_p50_s", 1),
+        "p95 s": ("task_p95_s", 1),
+        "TTFT of a step p50 ms": ("ttft_p50_ms", 0),
+        "p95 ms": ("ttft_p95_ms", 0),
+        "cached share": ("cached_share", 3),
+        "of the oracle's": ("of_oracle", 3),
+        "the crowd's TTFT p50 ms": ("crowd_ttft_p50_ms", 0),
+        "p95 ms ": ("crowd_ttft_p95_ms", 0),
+    }
+    lines = [
+        [
+            row["name"],
+            *(with_spread(row["rounds"][key], digits) for key, digits in columns.values()),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["policy", *columns], lines)
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether the bar is met, or why nothing can be said."""
+    found, last = ratio(rows), rows[-1]
+    if found is None:
+        faults = [f"{row['name']}: {fault}" for row in rows for fault in row["faults"]]
+        return "no comparison: " + "; ".join(faults)
+    return (
+        f"task p50: {found:.3f} of {rows[0]['name']}'s (the bar: at most {BAR_TIME}); cached "
+        f"share: {last['of_oracle']:.3f} of the oracle's (the bar: at least {BAR_SHARE})"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--simulated", action="store_true", help="more agents and engines, no model"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--contenders",
+        default=CONTENDERS,
+        metavar="NAME,NAME",
+        help="policies of chapter 4's router; agents give hints with `agent` and with NAME+hints; "
+        "the last is compared with the first (%(default)s)",
+    )
+    return parser.parse_args()
+
+
+def silence_runtime() -> None:
+    """Else the runtime writes a line for each hop of each request to the standard error."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+
+
+def main() -> None:
+    args = parse_args()
+    silence_runtime()
+    engines = SIMULATED if args.simulated else REAL
+    full, quick = (SIMULATED_FULL, SIMULATED_QUICK) if args.simulated else (FULL, QUICK)
+    size = quick if args.quick else full
+    seeds = list(range(1, (1 if args.quick else args.seeds) + 1))
+    contenders = [contender(name) for name in args.contenders.split(",")]
+    try:
+        rows = summary(*asyncio.run(measure(engines, size, seeds, contenders)))
+    except* (GuardError, ChildFailedError) as errors:
+        raise SystemExit(f"no result: {errors.exceptions[0]}") from errors
+    print(table(rows))
+    print(f"\n{verdict(rows)}")
+    compared = ratio(rows)
+    document = {
+        "policies": rows,
+        "ratio": compared,
+        "engines": engines.__dict__,
+        "size": size.__dict__,
+    }
+    write_result(args.json, document, "simulated" if args.simulated else "measured", seeds)
+    if compared is None:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
