@@ -26,6 +26,7 @@ from fastapi import FastAPI
 MODEL = "a-model"
 FIRST_ROUTER = 2**62  # as large as real instance ids
 FIRST_ENGINE = 2**61
+AT_ONCE = 20
 
 
 def in_two_terms(snapshot: Snapshot) -> list[dict[str, float]]:
@@ -132,12 +133,13 @@ async def page_server() -> AsyncIterator[PageServer]:
 
 @asynccontextmanager
 async def deciding(router: FakeRouter, per_s: float) -> AsyncIterator[None]:
-    """So many decisions a second while the block lasts."""
+    """So many decisions a second while the block lasts, or what the machine can do."""
 
     async def decide() -> None:
         began, done = time.monotonic(), 0
         while True:
             due = int((time.monotonic() - began) * per_s)
+            due = min(due, done + AT_ONCE)  # the server has its turn as well
             for _ in range(done, due):
                 router.decide()
             done = due
