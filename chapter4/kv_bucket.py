@@ -108,7 +108,7 @@ def _failure(error: Exception) -> Exception:
 
 
 @asynccontextmanager
-async def open_bucket(name: str, *, ttl_s: float, max_bytes: int) -> AsyncIterator[Bucket]:
+async def open_bucket(name: str, *, ttl_s: float, max_bytes: int | None) -> AsyncIterator[Bucket]:
     """The bucket of that name, made if there is none; a key is forgotten `ttl_s` after a write.
 
     Of several components with different settings, the last one to start decides.
@@ -169,11 +169,11 @@ def _cannot_start(where: str, error: Exception) -> ComponentError:
 
 
 async def _key_value(
-    context: JetStreamContext, name: str, ttl_s: float, max_bytes: int
+    context: JetStreamContext, name: str, ttl_s: float, max_bytes: int | None
 ) -> KeyValue:
     try:
         return await context.create_key_value(
-            bucket=name, ttl=ttl_s, max_bytes=max_bytes, direct=True
+            bucket=name, ttl=ttl_s, max_bytes=max_bytes or -1, direct=True
         )
     except nats.js.errors.BadRequestError as error:
         if error.err_code != OTHER_SETTINGS:
@@ -181,7 +181,9 @@ async def _key_value(
     kv = await context.key_value(name)
     config = (await kv.status()).stream_info.config
     window = min(config.duplicate_window or ttl_s, ttl_s)
-    await context.update_stream(config, max_age=ttl_s, max_bytes=max_bytes, duplicate_window=window)
+    await context.update_stream(
+        config, max_age=ttl_s, max_bytes=max_bytes or -1, duplicate_window=window
+    )
     return kv
 
 

@@ -15,8 +15,8 @@ class SessionSettings:
 
     A turn or a session is forgotten `ttl_s` after it was written last. Over `max_turns` or
     `max_session` the oldest turns of a session go. `max_turn` is for one turn, and never more
-    than a message of NATS can have. `max_store` is for all of them; when it is reached, nothing
-    more is stored until something expires.
+    than a message of NATS can have. `max_store` is for all of them, and NATS reserves it; None
+    is as much as NATS has. When it is reached, nothing is stored until something expires.
 
     A run has its session for `lease_s` and renews that while it lives: so long after its death
     the session is free again. The clocks of the agents' machines should agree within a second.
@@ -26,7 +26,7 @@ class SessionSettings:
     max_turns: int = 200
     max_session: int = 4 << 20
     max_turn: int = 512 << 10
-    max_store: int = 1 << 30
+    max_store: int | None = None
     lease_s: float = LEASE_S
 
 
