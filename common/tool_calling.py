@@ -3,7 +3,7 @@
 import json
 from collections import deque
 
-from common.protocol import PipelineError, PositionLogprobs, TextOutput
+from common.protocol import PipelineError, PositionLogprobs, SamplingParams, TextOutput
 from common.protocol_agent import ToolProcessRequest
 from common.text import TextModel
 from common.tool_formats import HERMES, format_of
@@ -53,7 +53,9 @@ class ToolCalling:
     def __init__(self, model: TextModel, request: ToolProcessRequest) -> None:
         """Raises a `PipelineError`, kind `invalid_request`, for what cannot be forced."""
         self.stop = request.stop
-        self.sampling = request.sampling
+        self._sampling = request.sampling
+        self._parallel = request.parallel_tool_calls
+        self._name: str | None = None  # of the only tool that can be called, if it is forced
         self._model = model
         self._messages = request.messages or []
         self._tools = request.tools
@@ -84,25 +86,35 @@ class ToolCalling:
             if getattr(request.sampling, field):
                 message = f"'{field}' does not go with a forced call."
                 raise PipelineError("invalid_request", message, field)
-        format_ = self._format
-        name = request.tool_choice.name
-        if name is None and len(self._tools) == 1 and not request.parallel_tool_calls:
-            name = self._tools[0].name
-        if name is not None:
-            [tool] = [tool for tool in self._tools if tool.name == name]
-            schema = arguments_schema(tool)
-            self._prefill = format_.named_prefill.replace("PLAIN_NAME", name)
-            self._prefill = self._prefill.replace("NAME", json.dumps(name))
-        else:
-            most = MAX_FORCED_CALLS if request.parallel_tool_calls else 1
-            several = format_.array or request.parallel_tool_calls
-            schema = calls_schema(
-                self._tools, format_.arguments_key, most=most if several else None
-            )
-            self._prefill = format_.prefill
         self.stop = []
-        self.sampling = replace(request.sampling, json_schema=schema, stop_token_ids=[])
-        return NamedCall(name) if name else ForcedCalls({tool.name: {} for tool in self._tools})
+        self._name = request.tool_choice.name
+        if self._name is None and len(self._tools) == 1 and not request.parallel_tool_calls:
+            self._name = self._tools[0].name
+        if self._name is None:
+            self._prefill = self._format.prefill
+            return ForcedCalls({tool.name: {} for tool in self._tools})
+        prefill = self._format.named_prefill.replace("PLAIN_NAME", self._name)
+        self._prefill = prefill.replace("NAME", json.dumps(self._name))
+        return NamedCall(self._name)
+
+    def sampling(self, room: int) -> SamplingParams:
+        """With the grammar of calls that are forced, where `room` tokens fit into the context.
+
+        Raises:
+            PipelineError: kind `invalid_request`; see `tool_schema.tightened`.
+        """
+        sampling = self._sampling
+        if not self._forced:
+            return sampling
+        tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        if self._name is not None:
+            [tool] = [tool for tool in self._tools if tool.name == self._name]
+            schema = arguments_schema(tool, tokens)
+        else:
+            key, array = self._format.arguments_key, self._format.array
+            most = MAX_FORCED_CALLS if self._parallel else 1 if array else None
+            schema = calls_schema(self._tools, key, tokens, most=most)
+        return replace(sampling, json_schema=schema, stop_token_ids=[])
 
     def render(self) -> str:
         """The prompt, with the beginning of the call that is forced.

@@ -1,0 +1,136 @@
+"""What a JSON schema refers to, and what its parts have in common."""
+
+import json
+from itertools import combinations
+from typing import Any
+from urllib.parse import unquote
+
+MAX_REFERENCES = 256
+
+
+class SchemaError(ValueError):
+    """Why a schema cannot be used."""
+
+
+class References:
+    """The `$ref` of one document; only those into itself are known."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._recursive: dict[str, bool] = {}
+        self._within: dict[str, set[str]] = {}
+
+    def target(self, pointer: Any) -> Any:
+        """The schema at a JSON pointer (RFC 6901) such as `#` or `#/$defs/x`.
+
+        Raises:
+            SchemaError: there is none.
+        """
+        if pointer != "#" and not str(pointer).startswith("#/"):
+            raise SchemaError(f"$ref {pointer!r} must begin with '#/': nothing is fetched")
+        found: Any = self._root
+        for part in str(pointer).split("/")[1:]:
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                found = found[int(key)] if isinstance(found, list) else found[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise SchemaError(f"$ref {pointer!r} points to nothing") from None
+        return found
+
+    def is_recursive(self, pointer: str) -> bool:
+        """Whether the schema there contains itself."""
+        if pointer not in self._recursive:
+            seen: set[str] = set()
+            waiting = [pointer]
+            while waiting:
+                found = self._references_at(waiting.pop()) - seen
+                seen |= found
+                waiting += found
+            self._recursive[pointer] = pointer in seen
+        return self._recursive[pointer]
+
+    def _references_at(self, pointer: str) -> set[str]:
+        if pointer not in self._within:
+            if len(self._within) == MAX_REFERENCES:
+                raise SchemaError(f"there are more than {MAX_REFERENCES} different $ref")
+            self._within[pointer] = _references_in(self.target(pointer))
+        return self._within[pointer]
+
+
+def _references_in(schema: Any) -> set[str]:
+    found: set[str] = set()
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("$ref"), str):
+                found.add(part["$ref"])
+            # What is not a schema may look like one.
+            waiting += [value for key, value in part.items() if key not in _DATA]
+        elif isinstance(part, list):
+            waiting += part
+    return found
+
+
+_DATA = ("const", "enum", "default", "examples")
+
+
+def property_names(schema: Any, references: References) -> list[str] | None:
+    """The properties that a schema and those within it list for one object; None: not one."""
+    names: dict[str, None] = {}
+    waiting, seen = [schema], set[str]()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict):
+            continue
+        names |= dict.fromkeys([*part.get("properties", {}), *part.get("required", [])])
+        for key in ("allOf", "anyOf", "oneOf"):
+            waiting += part.get(key, [])
+        pointer = part.get("$ref")
+        if pointer is not None and pointer not in seen:
+            seen.add(pointer)
+            waiting.append(references.target(pointer))
+    return list(names) or None
+
+
+def exclude_each_other(branches: list[Any], references: References) -> bool:
+    """Whether nothing can match two of the schemas, as far as types and constants show that."""
+    kinds = [_resolved(branch, references) for branch in branches]
+    return all(_exclusive(a, b, references) for a, b in combinations(kinds, 2))
+
+
+def _exclusive(a: Any, b: Any, references: References) -> bool:
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return a is False or b is False
+    types = [_types(schema) for schema in (a, b)]
+    if types[0] and types[1] and not types[0] & types[1]:
+        return True
+    values = [_values(schema) for schema in (a, b)]
+    if values[0] and values[1] and not values[0] & values[1]:
+        return True
+    for name in set(a.get("required", [])) & set(b.get("required", [])):
+        tag_a, tag_b = (
+            _resolved(schema.get("properties", {}).get(name, True), references) for schema in (a, b)
+        )
+        if types == [{"object"}, {"object"}] and _exclusive(tag_a, tag_b, references):
+            return True
+    return False
+
+
+def _resolved(schema: Any, references: References) -> Any:
+    for _ in range(16):
+        if not isinstance(schema, dict) or set(schema) != {"$ref"}:
+            break
+        schema = references.target(schema["$ref"])
+    return schema
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    types = schema.get("type", [])
+    listed = types if isinstance(types, list) else [types]
+    return {"number" if name == "integer" else name for name in listed}
+
+
+def _values(schema: dict[str, Any]) -> set[str]:
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    return {json.dumps(value, sort_keys=True) for value in values}
