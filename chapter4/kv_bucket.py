@@ -27,6 +27,7 @@ ANSWER_S = 3.0  # the longest that an operation takes: to reconnect, and to be a
 RECONNECT_S = 1
 OVERHEAD = 4096  # of max_payload: subject, headers
 STORE_FULL = (10047, 10077)  # no room for the message in the account, in the stream
+MISSING = (nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError)
 OTHER_SETTINGS = 10058  # the stream exists, but not like this
 
 
@@ -40,10 +41,17 @@ class Entry(NamedTuple):
 class Bucket:
     """One bucket. Every method raises `PipelineError`, kind `unavailable`, when NATS is away."""
 
-    def __init__(self, client: Client, kv: KeyValue, connected: asyncio.Event) -> None:
+    def __init__(
+        self,
+        client: Client,
+        kv: KeyValue,
+        connected: asyncio.Event,
+        make: Callable[[], Awaitable[KeyValue]],
+    ) -> None:
         self._client = client
         self._kv = kv
         self._connected = connected
+        self._make = make
 
     @property
     def max_value(self) -> int:
@@ -86,7 +94,11 @@ class Bucket:
         try:
             async with asyncio.timeout(ANSWER_S):
                 await self._connected.wait()
-                return await operation()
+                try:
+                    return await operation()
+                except MISSING:  # NATS has restarted without what it had stored
+                    self._kv = await self._make()
+                    return await operation()
         except (TimeoutError, nats.errors.Error, OSError) as error:
             raise _failure(error) from error
 
@@ -135,6 +147,9 @@ async def open_bucket(name: str, *, ttl_s: float, max_bytes: int | None) -> Asyn
         log.info("connected to %s again", where)
         connected.set()
 
+    async def make() -> KeyValue:
+        return await _key_value(client.jetstream(timeout=ANSWER_S), name, ttl_s, max_bytes)
+
     try:
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -150,11 +165,10 @@ async def open_bucket(name: str, *, ttl_s: float, max_bytes: int | None) -> Asyn
                     reconnected_cb=on_reconnected,
                 )
                 connected.set()
-                context = client.jetstream(timeout=ANSWER_S)
-                kv = await _key_value(context, name, ttl_s, max_bytes)
+                kv = await make()
         except (TimeoutError, nats.errors.Error, OSError) as error:
             raise _cannot_start(where, last_error[0] if last_error else error) from error
-        yield Bucket(client, kv, connected)
+        yield Bucket(client, kv, connected, make)
     finally:
         connected.clear()
         with suppress(nats.errors.Error, OSError):

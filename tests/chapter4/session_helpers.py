@@ -55,7 +55,16 @@ async def refused(work: Awaitable[Any]) -> str:
     return caught.value.info.kind
 
 
-async def until(holds: Callable[[], Awaitable[bool]], timeout: float = 30.0) -> None:
+async def until(
+    holds: Callable[[], Awaitable[bool]], *, but: str = "", timeout: float = 30.0
+) -> None:
+    """Wait until it holds; errors of the kind `but` may come first."""
     async with asyncio.timeout(timeout):
-        while not await holds():  # noqa: ASYNC110 (no event)
+        while True:
+            try:
+                if await holds():
+                    return
+            except PipelineError as error:
+                if error.info.kind != but:
+                    raise
             await asyncio.sleep(0.02)
