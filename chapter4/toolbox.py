@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from chapter4.builtin_tools import document_tools, python_tool
@@ -11,6 +11,7 @@ from chapter4.calculator import calculator
 from chapter4.date_time import date_time
 from chapter4.documents import Documents
 from chapter4.http_get import AllowedHost, http_get_tool
+from chapter4.mcp_target import McpTarget
 from chapter4.tools import Tool, function_tool
 from common.protocol import PipelineError
 from common.protocol_agent import ToolSet
@@ -66,6 +67,15 @@ def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
         help="http_get may ask this host; may repeat (none). One in a private network, or on a "
         "port other than 80 and 443, needs its port",
     )
+    parser.add_argument(
+        "--mcp",
+        type=_mcp_target,
+        action="append",
+        metavar="LABEL=COMMAND|URL",
+        default=[],
+        help="an MCP server whose tools requests may use by this label: a command to start, which "
+        "speaks over its input and output, or a URL; may repeat (none)",
+    )
 
 
 def _folder(text: str) -> Path:
@@ -81,10 +91,43 @@ def _host(text: str) -> AllowedHost:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _mcp_target(text: str) -> McpTarget:
+    try:
+        target = McpTarget.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if target.label == BUILTIN:
+        raise argparse.ArgumentTypeError(f"the label {BUILTIN} is that of our own tools")
+    return target
+
+
 @asynccontextmanager
 async def open_toolbox(args: argparse.Namespace) -> AsyncIterator[Toolbox]:
-    """The tools that `add_tool_arguments` asks for, until the end of the block."""
-    yield Toolbox({BUILTIN: builtin_tools(args)})
+    """The tools that `add_tool_arguments` asks for; MCP servers end with the block.
+
+    Raises:
+        ConnectionError: an MCP server cannot be started or reached, or has no tools: says why.
+    """
+    sets = {BUILTIN: builtin_tools(args)}
+    async with AsyncExitStack() as stack:
+        if args.mcp:
+            sets |= await stack.enter_async_context(_mcp_sets(args.mcp))
+        yield Toolbox(sets)
+
+
+@asynccontextmanager
+async def _mcp_sets(targets: list[McpTarget]) -> AsyncIterator[dict[str, list[Tool]]]:
+    from chapter4.mcp_tools import McpServer  # takes a second, which other agents need not wait
+
+    sets: dict[str, list[Tool]] = {}
+    async with AsyncExitStack() as stack:
+        for target in targets:
+            if target.label in sets:
+                raise ConnectionError(f"two MCP servers have the label {target.label}")
+            server = McpServer(target)
+            stack.push_async_callback(server.close)
+            sets[target.label] = await server.tools()
+        yield sets
 
 
 def builtin_tools(args: argparse.Namespace) -> list[Tool]:
