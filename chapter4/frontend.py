@@ -1,9 +1,9 @@
-"""The frontend component: OpenAI's HTTP API, answered by the processor.
+"""The frontend component: OpenAI's HTTP API, answered by the processor and the agent.
 
-POST /v1/chat/completions and /v1/completions (streamed as server-sent events or whole),
-GET /v1/models and /v1/models/{id}, /health (503 until the components behind it answer), /live,
-/metrics, a chat page at / and the router's page at /router. Other components get the same chat as
-`frontend.chat_completions`.
+POST /v1/chat/completions, /v1/completions and /v1/responses (streamed as server-sent events or
+whole), GET and DELETE of stored responses, GET /v1/models and /v1/models/{id}, /health (503 until
+the components behind it answer), /live, /metrics, a chat page at / and the router's page at
+/router. Other components get the same chat as `frontend.chat_completions`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from chapter4.agent_client import Agent
 from chapter4.hints import (
     RoutedChatRequest,
     RoutedCompletionRequest,
@@ -24,6 +25,7 @@ from chapter4.hints import (
     routing_hints,
 )
 from chapter4.processor_client import ask_processor, engine_info, migration_counter
+from chapter4.responses import add_responses
 from chapter4.router_page import RouterPage
 from common.answer import Answer
 from common.frontend_metrics import FrontendMetrics
@@ -61,6 +63,7 @@ PAGE = importlib.resources.files("common").joinpath("static/index.html")
 async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Lifecycle) -> None:
     processor = await runtime.endpoint(f"{args.namespace}.processor.process").client()
     processor_info = await runtime.endpoint(f"{args.namespace}.processor.info").client()
+    agent = await Agent.of(runtime, args.namespace)
     router_watch = await runtime.endpoint(f"{args.namespace}.router.watch").client()
     metrics = FrontendMetrics()
     migrations = migration_counter(metrics.registry)
@@ -84,6 +87,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
     async def chain_answers() -> None:
         await processor.wait_for_instances()  # each endpoint has a watch of its own
+        await agent.run.wait_for_instances()
         while True:
             try:
                 await engine_info(processor_info, wait=True)
@@ -97,7 +101,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
     except OSError as error:
         raise ComponentError(f"cannot listen on {args.host}:{args.port}: {error}") from error
     router_page = RouterPage(router_watch)
-    app = build_app(processor, processor_info, router_page, metrics, migrations, life, args)
+    app = build_app(processor, processor_info, agent, router_page, metrics, migrations, life, args)
 
     async def drain() -> None:
         await router_page.aclose()
@@ -116,13 +120,14 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 def build_app(
     processor: Client,
     processor_info: Client,
+    agent: Agent,
     router_page: RouterPage,
     metrics: FrontendMetrics,
     migrations: Counter,
     life: Lifecycle,
     args: argparse.Namespace,
 ) -> ASGIApp:
-    """The HTTP API on top of the processor's endpoints."""
+    """The HTTP API on top of the processor's and the agent's endpoints."""
     app = FastAPIOffline(
         title="Dynamo pipelines, chapter 4", version="1", exception_handlers=EXCEPTION_HANDLERS
     )
@@ -179,6 +184,8 @@ def build_app(
             return JSONResponse({"status": "draining"}, 503)
         try:
             info = await engine_info(processor_info)
+            if not agent.run.instance_ids():
+                raise PipelineError("unavailable", "No agent is listed.")
         except PipelineError as error:
             return JSONResponse({"status": "unavailable", "reason": error.info.message}, 503)
         return JSONResponse({"status": "ready", "engine": to_wire(info)})
@@ -195,6 +202,7 @@ def build_app(
     async def page() -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html")
 
+    add_responses(app, agent, metrics, args)
     router_page.add_to(app)
     return with_request_id(app)
 

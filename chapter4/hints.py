@@ -17,6 +17,7 @@ from common.openai import (
 )
 from common.openai_fields import StrictModel, parse
 from common.openai_requests import Nvext
+from common.openai_response_requests import AGENT_NVEXT, AgentNvext, ResponseRequest
 from common.openai_values import Label, TokenCount
 from common.protocol import PipelineError
 from common.protocol_routing import RoutingHints
@@ -51,8 +52,8 @@ class AgentHints(StrictModel):
     osl: Annotated[TokenCount | None, Field(description="an integer from 1")] = None
 
 
-class RoutingNvext(Nvext):
-    """`nvext` with what a router can use."""
+class RoutingMembers(StrictModel):
+    """What of `nvext` a router can use."""
 
     agent_hints: AgentHints | None = None
     session_id: _Name | None = None
@@ -62,11 +63,19 @@ class RoutingNvext(Nvext):
     )
 
 
-_NVEXT = (
-    'an object; "extra_fields": a list of any of "worker_id", "timing"; "agent_hints": '
-    f'{{"priority": {_PRIORITY}; "osl": the expected output tokens, an integer from 1}}; '
-    f'"session_id", "tenant_id": {_NAME}; "deadline_ms": {_DEADLINE}'
+class RoutingNvext(RoutingMembers, Nvext):
+    """`nvext` of a chat or a completion."""
+
+
+class RunNvext(RoutingMembers, AgentNvext):
+    """`nvext` of an agent's run."""
+
+
+_ROUTING = (
+    f'"agent_hints": {{"priority": {_PRIORITY}; "osl": the expected output tokens, an integer '
+    f'from 1}}; "session_id", "tenant_id": {_NAME}; "deadline_ms": {_DEADLINE}'
 )
+_NVEXT = f'an object; "extra_fields": a list of any of "worker_id", "timing"; {_ROUTING}'
 _RoutingNvextField = Annotated[RoutingNvext | None, Field(description=_NVEXT)]
 
 
@@ -80,6 +89,14 @@ class RoutedCompletionRequest(CompletionRequest):
     """The body of POST /v1/completions."""
 
     nvext: _RoutingNvextField = None
+
+
+class RoutedResponseRequest(ResponseRequest):
+    """The body of POST /v1/responses."""
+
+    nvext: Annotated[
+        RunNvext | None, Field(description=f"an object; {AGENT_NVEXT}; {_ROUTING}")
+    ] = None
 
 
 # What each header stands for in `nvext`.
@@ -107,8 +124,14 @@ def parse_completion(body: bytes) -> RoutedCompletionRequest:
     return parse(RoutedCompletionRequest, body)
 
 
+def parse_response_request(body: bytes) -> RoutedResponseRequest:
+    """The request for a response in `body`; raises as `openai_fields.parse` does."""
+    return parse(RoutedResponseRequest, body)
+
+
 def routing_hints(
-    request: RoutedChatRequest | RoutedCompletionRequest, headers: Headers | None = None
+    request: RoutedChatRequest | RoutedCompletionRequest | RoutedResponseRequest,
+    headers: Headers | None = None,
 ) -> RoutingHints:
     """What the request says in its body and its headers.
 
@@ -116,7 +139,7 @@ def routing_hints(
         PipelineError: kind `invalid_request`; a header is wrong, unknown, or says something
             else than the body.
     """
-    nvext = request.nvext or RoutingNvext(extra_fields=[])
+    nvext = request.nvext or RoutingMembers()
     agent_hints = nvext.agent_hints or AgentHints()
     hints: dict[tuple[str, ...], Any] = {
         ("agent_hints", "priority"): agent_hints.priority,
@@ -142,7 +165,7 @@ def routing_hints(
 
 def hinted_request_docs(model: type[StrictModel]) -> dict[str, Any]:
     """`openai_docs.request_body_docs`, and those of the headers."""
-    schema = RoutingNvext.model_json_schema()
+    schema = RoutingMembers.model_json_schema()
     schemas = {**schema["properties"], **schema["$defs"]["AgentHints"]["properties"]}
     parameters = [
         {
@@ -192,7 +215,7 @@ def _checked(name: str, text: str) -> str | int | float:
     for member in reversed(path):
         nested = {member: nested}
     try:
-        RoutingNvext.model_validate(nested)
+        RoutingMembers.model_validate(nested)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
         message = f"'{name}': {problem}, not {text[:80]!r}. Accepted: {_ACCEPTED[path]}."

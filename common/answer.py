@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Generic, Protocol, TypeVar
 
 from common.frontend_metrics import RequestMetrics
 from common.http import client_gone
@@ -14,7 +15,7 @@ from common.openai import (
     chat_response,
     completion_response,
 )
-from common.protocol import PipelineError, TextOutput
+from common.protocol import ErrorInfo, PipelineError, TextOutput
 from common.telemetry import request_log
 
 from dynamo.runtime import Context
@@ -24,8 +25,26 @@ from starlette.types import Receive, Scope, Send
 STREAM_END_S = 1.0
 
 
-class Answer(Response):
-    """`outputs` as server-sent events if the request asks for a stream, else as one document.
+Output = TypeVar("Output")
+
+
+class Encoder(Protocol[Output]):
+    """How an answer looks to the client."""
+
+    def chunk(self, output: Output) -> bytes:
+        """The server-sent events that tell about `output`; b"" if there is nothing to tell."""
+
+    def is_last(self, output: Output) -> bool: ...
+
+    def failed(self, info: ErrorInfo) -> bytes:
+        """The last events of a stream that broke off."""
+
+    def document(self, outputs: list[Output]) -> bytes:
+        """The JSON of a whole answer; raises a `PipelineError` if it is none."""
+
+
+class StreamedAnswer(Response, Generic[Output]):
+    """`outputs` as server-sent events if the request asks for a `stream`, else as one document.
 
     A failure before the first item becomes a status code, a later one an error event. When
     the client closes the connection, `context` is stopped at once, which ends the work in
@@ -34,16 +53,19 @@ class Answer(Response):
 
     def __init__(
         self,
-        request: ChatRequest | CompletionRequest,
+        encoder: Encoder[Output],
         request_id: str,
-        outputs: AsyncIterator[TextOutput],
+        outputs: AsyncIterator[Output],
         context: Context,
         metrics: RequestMetrics,
+        *,
+        stream: bool,
     ) -> None:
         super().__init__()
-        self.request = request
+        self.encoder = encoder
+        self.stream = stream
         self.request_id = request_id
-        self.outputs = metrics.observed(outputs)
+        self.outputs = outputs
         self.context = context
         self.metrics = metrics
 
@@ -76,9 +98,10 @@ class Answer(Response):
         """Send the answer; returns its status and the kind of its error."""
         try:
             first = await anext(self.outputs)
-            if self.request.stream:
+            if self.stream:
                 return 200, await self._send_events(first, send)
-            response = self._document([first, *[output async for output in self.outputs]])
+            outputs = [first, *[output async for output in self.outputs]]
+            response = Response(self.encoder.document(outputs), media_type="application/json")
         except PipelineError as error:
             self._log_failure("failed", error)
             response = json_error(error.info)
@@ -87,13 +110,8 @@ class Answer(Response):
         await response(scope, receive, send)
         return 200, None
 
-    async def _send_events(self, output: TextOutput, send: Send) -> str | None:
+    async def _send_events(self, output: Output, send: Send) -> str | None:
         """Send `output` and all that follows; returns the kind of the error that ended it."""
-        events = (
-            ChatStream(self.request_id, self.request)
-            if isinstance(self.request, ChatRequest)
-            else CompletionStream(self.request_id, self.request)
-        )
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
@@ -101,23 +119,60 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         error_kind = None
         try:
-            while output.finish_reason is None:
-                if event := events.chunk(output):
+            while not self.encoder.is_last(output):
+                if event := self.encoder.chunk(output):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 output = await anext(self.outputs)
+            last = self.encoder.chunk(output)
         except PipelineError as error:
             self._log_failure("broke off", error)
-            output, error_kind = TextOutput(error=error.info), error.info.kind
-        await send({"type": "http.response.body", "body": events.chunk(output)})
+            last, error_kind = self.encoder.failed(error.info), error.info.kind
+        await send({"type": "http.response.body", "body": last})
         return error_kind
 
     def _log_failure(self, what: str, error: PipelineError) -> None:
         if not self.context.is_stopped():  # else it is the client that broke off
             request_log(self.request_id).warning("%s: %s", what, error)
 
-    def _document(self, outputs: list[TextOutput]) -> Response:
+
+class Answer(StreamedAnswer[TextOutput]):
+    """The answer to a chat or a completion, from the processor's items."""
+
+    def __init__(
+        self,
+        request: ChatRequest | CompletionRequest,
+        request_id: str,
+        outputs: AsyncIterator[TextOutput],
+        context: Context,
+        metrics: RequestMetrics,
+    ) -> None:
+        encoder = _TextEncoder(request, request_id)
+        observed = metrics.observed(outputs)
+        super().__init__(
+            encoder, request_id, observed, context, metrics, stream=bool(request.stream)
+        )
+
+
+class _TextEncoder:
+    def __init__(self, request: ChatRequest | CompletionRequest, request_id: str) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.events = (
+            ChatStream(request_id, request)
+            if isinstance(request, ChatRequest)
+            else CompletionStream(request_id, request)
+        )
+
+    def chunk(self, output: TextOutput) -> bytes:
+        return self.events.chunk(output)
+
+    def is_last(self, output: TextOutput) -> bool:
+        return output.finish_reason is not None
+
+    def failed(self, info: ErrorInfo) -> bytes:
+        return self.events.chunk(TextOutput(error=info))
+
+    def document(self, outputs: list[TextOutput]) -> bytes:
         if isinstance(self.request, ChatRequest):
-            body = chat_response(self.request_id, self.request, outputs)
-        else:
-            body = completion_response(self.request_id, self.request, outputs)
-        return Response(body, media_type="application/json")
+            return chat_response(self.request_id, self.request, outputs)
+        return completion_response(self.request_id, self.request, outputs)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from common.http_errors import CANCELLED, outcome
 from common.protocol import PipelineError, TextOutput
+from common.protocol_agent import AgentEvent, CallDelta, StepEnded, TextDelta
 
 from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -170,6 +171,24 @@ class RequestMetrics:
         if output.usage is not None:
             metrics.input_length.observe(output.usage.prompt_tokens)
             metrics.cached_tokens.observe(output.usage.cached_tokens)
+
+    async def observed_run(self, events: AsyncIterator[AgentEvent]) -> AsyncIterator[AgentEvent]:
+        """As `observed`, of an agent's run: its tokens count when their step has ended.
+
+        The time to the first token is the run's, and there is none between tokens.
+        """
+        began, first = time.perf_counter(), False
+        metrics = self._metrics
+        async for event in events:
+            if isinstance(event, TextDelta | CallDelta) and not first:
+                metrics.ttft.observe(time.perf_counter() - began)
+                first = True
+            elif isinstance(event, StepEnded):
+                self._tokens += event.usage.completion_tokens
+                metrics.output_tokens.inc(event.usage.completion_tokens)
+                metrics.input_length.observe(event.usage.prompt_tokens)
+                metrics.cached_tokens.observe(event.usage.cached_tokens)
+            yield event
 
     def end(self, status: int, error_kind: str | None = None) -> None:
         self._metrics.in_flight -= 1

@@ -22,13 +22,15 @@ Responses = dict[int | str, dict[str, Any]]
 _ERRORS = {
     400: "A parameter is wrong, missing, unknown or not supported; `param` names it.",
     403: "The request comes from a web page of another site.",
-    404: "The model does not exist.",
+    404: "The model does not exist, or what else was named.",
     408: "The body did not come in time.",
+    409: "Another request is changing the same conversation; this one changed nothing.",
     413: "The body is over the server's limit.",
     429: "The server is full; try again later.",
     500: "The server failed.",
     503: "A component behind the server is missing or died; try again later.",
 }
+_ANSWER_ERRORS = (400, 403, 404, 408, 413, 429, 500, 503)
 
 
 def request_body_docs(model: type[StrictModel]) -> dict[str, Any]:
@@ -62,12 +64,14 @@ def _responses(description: str, content: dict[str, Any], *errors: int) -> Respo
     }
 
 
-def _answer(schema: dict[str, Any]) -> Responses:
-    data = {
-        "type": "string",
-        "description": "A chunk of the answer as JSON, as OpenAI's API has it; at last `[DONE]`. "
-        "A stream that fails ends with the JSON of an error instead.",
-    }
+_CHUNKS = (
+    "A chunk of the answer as JSON, as OpenAI's API has it; at last `[DONE]`. "
+    "A stream that fails ends with the JSON of an error instead."
+)
+
+
+def answer_docs(schema: dict[str, Any], data_description: str = _CHUNKS, *errors: int) -> Responses:
+    data = {"type": "string", "description": data_description}
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     return _responses(
         "The answer; with `stream: true` as server-sent events.",
@@ -75,15 +79,15 @@ def _answer(schema: dict[str, Any]) -> Responses:
             "application/json": {"schema": _inlined(schema)},
             "text/event-stream": {"itemSchema": event},  # from OpenAPI 3.2; FastAPI's own too
         },
-        *_ERRORS,
+        *(errors or _ANSWER_ERRORS),
     )
 
 
-def _document(schema: dict[str, Any], *errors: int) -> Responses:
+def document_docs(schema: dict[str, Any], *errors: int) -> Responses:
     return _responses("Found.", {"application/json": {"schema": _inlined(schema)}}, *errors)
 
 
-CHAT_RESPONSES = _answer(msgspec.json.schema(ChatCompletion))
-COMPLETION_RESPONSES = _answer(msgspec.json.schema(Completion))
-MODEL_LIST_RESPONSES = _document(ModelList.model_json_schema(), 500, 503)
-MODEL_RESPONSES = _document(ModelCard.model_json_schema(), 404, 500, 503)
+CHAT_RESPONSES = answer_docs(msgspec.json.schema(ChatCompletion))
+COMPLETION_RESPONSES = answer_docs(msgspec.json.schema(Completion))
+MODEL_LIST_RESPONSES = document_docs(ModelList.model_json_schema(), 500, 503)
+MODEL_RESPONSES = document_docs(ModelCard.model_json_schema(), 404, 500, 503)

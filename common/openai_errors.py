@@ -6,13 +6,18 @@ whose data has an `error` object.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from common.openai_objects import ErrorDocument, ErrorObject
-from common.openai_requests import GenerationRequest
 from common.protocol import ErrorInfo, ErrorKind
 
 import msgspec
+
+
+class FieldNames(Protocol):
+    """A request that knows what the client calls the fields for which we have other names."""
+
+    def field_names(self) -> dict[str, str]: ...
 
 
 class _Shape(NamedTuple):
@@ -33,7 +38,7 @@ _SHAPES: dict[ErrorKind, _Shape] = {
 }
 
 
-def client_error(request: GenerationRequest, info: ErrorInfo) -> ErrorInfo:
+def client_error(request: FieldNames, info: ErrorInfo) -> ErrorInfo:
     """`info`, which a component behind the frontend sent, in terms of what the client sent.
 
     The components have names of their own for some fields, and a client may have used another

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from common.protocol import PipelineError
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 Model = TypeVar("Model", bound="StrictModel")
@@ -57,6 +57,28 @@ class StrictModel(BaseModel):
         return self
 
 
+TAG = "type="
+
+
+def by_type(*kinds: str, default: str = "") -> Discriminator:
+    """Chooses from a union of objects by their member `type`; each has `Tag(TAG + its type)`."""
+    accepted = ", ".join(f"'{kind}'" for kind in kinds)
+
+    def tag(value: Any) -> str | None:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        kind = default if kind is None else kind
+        return TAG + kind if isinstance(kind, str) and kind in kinds else None
+
+    message = f"Unknown or not supported. Supported: {accepted}."
+    context = {"message": message, "path": ("type",)}
+    return Discriminator(
+        tag,
+        custom_error_type="bad_value",
+        custom_error_message="{message}",
+        custom_error_context=context,
+    )
+
+
 def bad_value(message: str, *path: str | int) -> PydanticCustomError:
     """The error to raise in a validator; `path` leads from the validated value to the culprit."""
     # The message is a format string to pydantic, so it travels as an argument.
@@ -82,7 +104,8 @@ def _invalid_request(model: type[BaseModel], error: ErrorDetails) -> PipelineErr
     if error["type"] == "json_invalid":
         reason = context.get("error", error["msg"])
         return PipelineError("invalid_request", f"The body is not valid JSON: {reason}.")
-    path = (*error["loc"], *context.get("path", ()))
+    tags = {step for step in error["loc"] if isinstance(step, str) and step.startswith(TAG)}
+    path = (*(step for step in error["loc"] if step not in tags), *context.get("path", ()))
     if not path:
         message = "The body must be a JSON object."
         return PipelineError("invalid_request", context.get("message", message))

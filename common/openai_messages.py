@@ -30,7 +30,7 @@ def text_of(content: Any) -> str:
     return "".join(texts)
 
 
-def _finite(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+def finite(schema: dict[str, Any] | None) -> dict[str, Any] | None:
     try:
         json.dumps(schema, allow_nan=False)
     except ValueError as error:
@@ -60,7 +60,7 @@ class JsonSchema(StrictModel):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     schema_: Annotated[
-        dict[str, JsonValue] | None, AfterValidator(_finite), Field(alias="schema")
+        dict[str, JsonValue] | None, AfterValidator(finite), Field(alias="schema")
     ] = None
     strict: bool | None = None
 

@@ -1,0 +1,93 @@
+"""The routes of the agent's runs: POST /v1/responses, and what is stored of them."""
+
+import argparse
+import time
+from collections.abc import AsyncIterator
+
+from chapter4.agent_client import Agent, ask_agent, delete_stored, stored_response
+from chapter4.hints import (
+    RoutedResponseRequest,
+    hinted_request_docs,
+    parse_response_request,
+    routing_hints,
+)
+from common.answer import StreamedAnswer
+from common.frontend_metrics import FrontendMetrics
+from common.http_errors import outcome
+from common.http_requests import read_body, refuse_other_sites
+from common.openai_response_agent import asked_of, response_id_of, to_agent_request
+from common.openai_response_docs import (
+    DELETED_CONVERSATIONS,
+    DELETED_RESPONSES,
+    RESPONSE_RESPONSES,
+    STORED_RESPONSES,
+    DeletedConversation,
+    DeletedResponse,
+)
+from common.openai_response_output import stored_document
+from common.openai_response_stream import ResponseStream
+from common.protocol import to_wire
+from common.protocol_agent import AgentEvent, StoredQuery
+from common.telemetry import request_log
+
+from dynamo.runtime import Context
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+
+def add_responses(
+    app: FastAPI, agent: Agent, metrics: FrontendMetrics, args: argparse.Namespace
+) -> None:
+    """Add the routes to `app`; the agent answers them."""
+
+    @app.post(
+        "/v1/responses",
+        openapi_extra=hinted_request_docs(RoutedResponseRequest),
+        responses=RESPONSE_RESPONSES,
+    )
+    async def respond(http: Request) -> Response:
+        request_id: str = http.state.request_id
+        measured = metrics.start("responses", args.max_in_flight)
+        try:
+            refuse_other_sites(http)
+            body = await read_body(http, args.max_body_bytes, args.body_timeout)
+            request = parse_response_request(body)
+            asked = asked_of(request, int(time.time()))
+            hints = routing_hints(request, http.headers)
+            task = to_agent_request(request, response_id_of(request_id), asked, hints)
+            request_log(request_id).debug("responses, stream=%s", bool(request.stream))
+            context = Context(request_id)
+            steps = bool(request.nvext and request.nvext.extra_fields)
+            stream = ResponseStream(task, asked, steps=steps)
+            events: AsyncIterator[AgentEvent] = ask_agent(agent.run, task, request, context)
+            return StreamedAnswer(  # it ends `measured`
+                stream,
+                request_id,
+                measured.observed_run(events),
+                context,
+                measured,
+                stream=bool(request.stream),
+            )
+        except BaseException as error:
+            measured.end(*outcome(error))
+            raise
+
+    # A user who is named gets only what is theirs; who has an id and names nobody, anything.
+    @app.get("/v1/responses/{response_id}", responses=STORED_RESPONSES)
+    async def get_response(response_id: str, user: str | None = None) -> Response:
+        found = await stored_response(agent.get_response, StoredQuery(response_id, user))
+        return JSONResponse(stored_document(found))
+
+    @app.delete("/v1/responses/{response_id}", responses=DELETED_RESPONSES)
+    async def delete_response(http: Request, response_id: str, user: str | None = None) -> Response:
+        refuse_other_sites(http)
+        await delete_stored(agent.delete_response, StoredQuery(response_id, user))
+        return JSONResponse(to_wire(DeletedResponse(response_id)))
+
+    @app.delete("/v1/conversations/{conversation}", responses=DELETED_CONVERSATIONS)
+    async def delete_conversation(
+        http: Request, conversation: str, user: str | None = None
+    ) -> Response:
+        refuse_other_sites(http)
+        await delete_stored(agent.delete_conversation, StoredQuery(conversation, user))
+        return JSONResponse(to_wire(DeletedConversation(conversation)))
