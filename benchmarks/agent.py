@@ -4,9 +4,10 @@
 
 Agents with scripts, not models, do tasks of some steps; while a tool runs, a crowd of single
 questions takes their place in the caches and in the queue. That is the load at which it matters:
-half of what an engine has cached would do for its agents, the crowd fills the other half in less
-time than a tool takes, and the engines are busy, but not so that queues grow for ever. With less
-of a crowd nothing is evicted and nobody waits, and all policies are alike.
+half of what an engine has cached would do for its agents, the crowd fills the other half in about
+the time that a tool takes, and its prompts alone keep the engines at work for half of the time.
+(How fast they are is measured at the beginning.) With less of a crowd nothing is evicted, nobody
+waits, and all policies are alike; with more of it all queues grow for ever.
 
 Chapter 4's pipeline routes all of it, once with the policy of chapter 3 and no hints, once with
 the policy `agent` and the agents' hints. Every run begins with empty caches. The cached share is
@@ -19,11 +20,12 @@ import asyncio
 import os
 import random
 import sys
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.agent_pipeline import Engines, bench
-from benchmarks.agent_run import Contender, Run, contender, run
-from benchmarks.agent_workload import Size, oracle_share, workload
+from benchmarks.agent_run import PROBE_TOKENS, Contender, Run, contender, probe, run
+from benchmarks.agent_workload import Size, crowd_per_s, oracle_share, workload
 from benchmarks.report import (
     GuardError,
     argument_parser,
@@ -39,57 +41,47 @@ from launch.child import ChildFailedError
 CONTENDERS = "earliest_start,agent"
 BAR_TIME, BAR_SHARE = 0.85, 0.95
 
-# Two engines of one thread each compute about 150 prompt tokens a second, both together.
+# An engine of one thread computes about 150 prompt tokens a second.
 REAL = Engines("llamacpp", 2, 2048, ("threads=1", "batch_threads=1", "max_running=2"))
 FULL = Size(
-    agents=6,
+    agents=4,
     tasks=1,
     steps=(6, 12),
-    tool_s=(5.0, 15.0),
-    system=96,
-    task=(16, 32),
+    tool_s=(6.0, 16.0),
+    system=160,
+    task=(24, 40),
     said=16,
-    returned=(8, 24),
+    returned=(24, 40),
     answer=24,
-    crowd_per_s=0.55,
+    crowd_share=0.5,
     crowd_prompt=(192, 320),
     crowd_answer=16,
-    alone_s=10.0,
+    alone_s=15.0,
 )
-QUICK = Size(
-    **{**FULL.__dict__, "agents": 4, "steps": (2, 4), "tool_s": (2.0, 6.0), "alone_s": 5.0}
-)
+QUICK = replace(FULL, steps=(3, 4), tool_s=(4.0, 8.0), alone_s=10.0)
 
 SIMULATED = Engines(
     "simulated",
     4,
-    32_768,
-    ("prefill_tokens_per_s=4000", "decode_base_ms=15", "max_running=8", "context_length=16384"),
+    65_536,
+    ("prefill_tokens_per_s=4000", "decode_base_ms=15", "max_running=8", "context_length=32768"),
 )
 SIMULATED_FULL = Size(
-    agents=32,
+    agents=16,
     tasks=1,
     steps=(6, 12),
-    tool_s=(5.0, 15.0),
-    system=512,
-    task=(64, 256),
+    tool_s=(8.0, 24.0),
+    system=2048,
+    task=(256, 1024),
     said=32,
-    returned=(64, 256),
+    returned=(400, 1200),
     answer=64,
-    crowd_per_s=5.5,
+    crowd_share=0.5,
     crowd_prompt=(1024, 3072),
     crowd_answer=64,
-    alone_s=15.0,
+    alone_s=35.0,
 )
-SIMULATED_QUICK = Size(
-    **{
-        **SIMULATED_FULL.__dict__,
-        "agents": 16,
-        "steps": (2, 4),
-        "tool_s": (2.0, 6.0),
-        "alone_s": 5.0,
-    }
-)
+SIMULATED_QUICK = replace(SIMULATED_FULL, agents=12, steps=(3, 4), tool_s=(4.0, 8.0), alone_s=10.0)
 
 Rounds = dict[str, list[Run]]
 
@@ -102,8 +94,11 @@ async def measure(
     found: Rounds = {who.name: [] for who in contenders}
     shares = []
     async with bench(engines, text.name) as running:
+        probes = await probe(running, text, random.Random(0))
+        per_s = crowd_per_s(size, sum(PROBE_TOKENS / seconds for seconds in probes))
+        print(f"the crowd asks {per_s:.2f} questions a second", file=sys.stderr)
         for seed in seeds:
-            load = workload(text, size, seed)
+            load = workload(text, size, seed, per_s)
             shares.append(oracle_share(load.steps, engines.block_size))
             order = list(contenders)
             random.Random(seed).shuffle(order)  # the machine's speed drifts

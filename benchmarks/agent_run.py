@@ -13,6 +13,7 @@ from common.protocol_routing import RoutingHints
 from common.text import TextModel
 
 PROBE_TOKENS = 256
+PROBES = 3
 UNEQUAL = 1.5  # times as long as another engine takes for the same prompt
 WATCH_S = 0.5
 
@@ -52,12 +53,16 @@ class _Seen:
     retained: int = 0
 
 
+async def probe(bench: Bench, text: TextModel, rng: random.Random) -> list[float]:
+    """How long each engine takes for a prompt of `PROBE_TOKENS` when it has nothing else to do."""
+    probes = [await bench.prefill_s(prompt_of(text, rng, PROBE_TOKENS)) for _ in range(PROBES)]
+    return [min(times) for times in zip(*probes, strict=True)]
+
+
 async def run(bench: Bench, who: Contender, load: Workload, text: TextModel) -> Run:
     """Start the router, see that the engines are alike, and let the agents work."""
     await bench.use(who.policy)
-    rng = random.Random(load.crowd_seed)
-    probes = [await bench.prefill_s(prompt_of(text, rng, PROBE_TOKENS)) for _ in range(2)]
-    fastest = [min(times) for times in zip(*probes, strict=True)]
+    fastest = await probe(bench, text, random.Random(load.crowd_seed + 1))
     seen = _Seen()
 
     async def ask_once(question: Question) -> None:

@@ -19,9 +19,10 @@ from common.text import TextModel
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes are in tokens, ranges inclusive; the crowd comes `crowd_per_s` times a second.
+    """Sizes are in tokens, ranges inclusive.
 
-    It comes alone for `alone_s`, so that the caches are full when the agents begin. All agents
+    The prompts of the crowd keep the engines at work for the `crowd_share` of the time. It is
+    alone for `alone_s`, so that the caches are full when the agents begin. All agents
     have the system prompt with the tools in common, and begin within `tool_s`.
     """
 
@@ -34,7 +35,7 @@ class Size:
     said: int
     returned: tuple[int, int]
     answer: int
-    crowd_per_s: float
+    crowd_share: float
     crowd_prompt: tuple[int, int]
     crowd_answer: int
     alone_s: float
@@ -64,6 +65,7 @@ class Workload:
     """`starts_s` is when each agent begins; an agent is its tasks, a task its steps."""
 
     size: Size
+    crowd_per_s: float
     starts_s: list[float]
     agents: list[list[list[Step]]]
     crowd_seed: int
@@ -76,12 +78,18 @@ class Workload:
         return [step for turn in turns for step in turn if step is not None]
 
 
-def workload(text: TextModel, size: Size, seed: int) -> Workload:
+def crowd_per_s(size: Size, prefill_tokens_per_s: float) -> float:
+    """How often somebody asks who keeps engines that are so fast, all together, as busy as said."""
+    return size.crowd_share * prefill_tokens_per_s / (sum(size.crowd_prompt) / 2)
+
+
+def workload(text: TextModel, size: Size, seed: int, per_s: float) -> Workload:
     rng = random.Random(seed)
     system = prompt_of(text, rng, size.system)
-    # The same number of steps in all seeds, in any order: no seed is a harder one.
+    # The same numbers of steps in all seeds, in any order: no seed is a harder one.
     low, high = size.steps
-    counts = list(itertools.islice(itertools.cycle(range(low, high + 1)), size.agents * size.tasks))
+    tasks = size.agents * size.tasks
+    counts = [low + round(n * (high - low) / max(tasks - 1, 1)) for n in range(tasks)]
     rng.shuffle(counts)
 
     def task(name: str) -> list[Step]:
@@ -109,7 +117,7 @@ def workload(text: TextModel, size: Size, seed: int) -> Workload:
 
     agents = [[task(f"{agent}-{n}") for n in range(size.tasks)] for agent in range(size.agents)]
     starts = [size.alone_s + rng.uniform(0.0, size.tool_s[1]) for _ in agents]
-    return Workload(size, starts, agents, rng.getrandbits(32))
+    return Workload(size, per_s, starts, agents, rng.getrandbits(32))
 
 
 def crowd(text: TextModel, load: Workload) -> Iterator[Question]:
@@ -117,7 +125,7 @@ def crowd(text: TextModel, load: Workload) -> Iterator[Question]:
     rng, size = random.Random(load.crowd_seed), load.size
     while True:
         prompt = prompt_of(text, rng, rng.randint(*size.crowd_prompt))
-        yield Question(rng.expovariate(size.crowd_per_s), prompt, size.crowd_answer)
+        yield Question(rng.expovariate(load.crowd_per_s), prompt, size.crowd_answer)
 
 
 def oracle_share(steps: Sequence[Step], block_size: int) -> float:
