@@ -41,7 +41,7 @@ def request_body_docs(model: type[StrictModel]) -> dict[str, Any]:
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without references, which are relative to the OpenAPI document as a whole."""
-    definitions = schema.pop("$defs", {})
+    definitions = schema.get("$defs", {})
 
     def inline(node: Any) -> Any:
         if isinstance(node, dict):
@@ -51,7 +51,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
             return {key: inline(value) for key, value in node.items()}
         return [inline(item) for item in node] if isinstance(node, list) else node
 
-    inlined: dict[str, Any] = inline(schema)
+    inlined: dict[str, Any] = inline({k: v for k, v in schema.items() if k != "$defs"})
     return inlined
 
 
