@@ -1,7 +1,6 @@
 """The agent's questions to the model: one request to the processor each."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator
 
@@ -16,7 +15,7 @@ from common.protocol import (
     to_wire,
 )
 from common.protocol_agent import ToolProcessRequest
-from common.waiting import link
+from common.waiting import linked_child
 
 from dynamo.runtime import Client, Context
 
@@ -62,31 +61,28 @@ class Model:
         Raises:
             PipelineError: the request failed, at any point of the stream.
         """
-        context = parent.detached(f"{parent.id()}-{number}")
-        linked = asyncio.ensure_future(link(parent, context))
-        seconds = max(deadline - time.monotonic(), 0.0)
-        timer = asyncio.get_running_loop().call_later(seconds, context.stop_generating)
         wire = to_wire(request)
         failure: PipelineError | None = None
         ended = False
-        try:
-            async for item in dispatch(
-                lambda: self._processor.round_robin(wire, annotated=False, context=context), context
-            ):
-                output = from_wire(item, TextOutput)
-                if output.error is not None:
-                    failure = PipelineError.of(output.error)
-                else:
-                    ended |= output.finish_reason is not None
-                    yield output
-        except Exception as error:
-            failure = PipelineError.of(hop_error(error, "processor"))
-            failure.__cause__ = error
-        finally:
-            timer.cancel()
-            linked.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await linked
+        async with linked_child(parent, f"{parent.id()}-{number}") as context:
+            seconds = max(deadline - time.monotonic(), 0.0)
+            timer = asyncio.get_running_loop().call_later(seconds, context.stop_generating)
+            try:
+                async for item in dispatch(
+                    lambda: self._processor.round_robin(wire, annotated=False, context=context),
+                    context,
+                ):
+                    output = from_wire(item, TextOutput)
+                    if output.error is not None:
+                        failure = PipelineError.of(output.error)
+                    else:
+                        ended |= output.finish_reason is not None
+                        yield output
+            except Exception as error:
+                failure = PipelineError.of(hop_error(error, "processor"))
+                failure.__cause__ = error
+            finally:
+                timer.cancel()
         if context.is_stopped():
             return
         if failure is not None:

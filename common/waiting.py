@@ -1,7 +1,8 @@
 """Waiting for the first of several things; passing a stop or a failure on."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from dynamo.runtime import Context
@@ -22,6 +23,18 @@ async def link(parent: Context, child: Context) -> None:
     """Stop `child` when `parent` is stopped."""
     await parent.async_killed_or_stopped()
     child.stop_generating()
+
+
+@asynccontextmanager
+async def linked_child(parent: Context, request_id: str) -> AsyncIterator[Context]:
+    """A context for a request of our own, which is stopped with its parent."""
+    child = parent.detached(request_id)
+    linked = asyncio.ensure_future(link(parent, child))
+    try:
+        yield child
+    finally:
+        linked.cancel()
+        await asyncio.gather(linked, return_exceptions=True)
 
 
 def complete_with_failure(failed: asyncio.Future[BaseException], task: asyncio.Task[None]) -> None:
