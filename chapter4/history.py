@@ -3,11 +3,11 @@
 `fit` keeps to this rule. Items are taken in their order, one after the other; whenever they are
 over the window, they are cut to three quarters of it:
 
-1. Long outputs of tools are shortened to `SHORT` characters, except those of the newest turn.
+1. Outputs of tools are shortened to `SHORT` characters, except those of the newest turn.
 2. The oldest turns go, each as a whole. A turn is what was asked and all that came of it, so that
    a call and its output are never apart. Messages of the system before the first turn stay.
-3. When only the newest turn is left, its outputs are shortened, the last ones at the end and only
-   as far as the window demands. The turn stays, even if it is too long for the window then.
+3. If the newest turn by itself is over the window, its outputs are shortened, those of its last
+   step at the end and only as far as they must. The turn stays, even if it is still too long.
 
 What was cut for earlier items stays cut, so that the beginning of the prompt, which an engine has
 cached, changes once in a quarter of a window.
@@ -60,21 +60,29 @@ def fit(
     if sum(tokens) <= window_tokens:
         return items
     first = next((i for i, item in enumerate(items) if not _is_system(item)), len(items))
-    kept = _Kept(items[:first], sum(tokens[:first]), window_tokens, count)
+    kept = _Kept(sum(tokens[:first]), window_tokens, count)
     for item, size in zip(items[first:], tokens[first:], strict=True):
         kept.add(item, size)
-    return [*kept.pinned, *(item for turn in kept.turns for item in turn)]
+    return [*items[:first], *(one.item for turn in kept.turns for one in turn)]
+
+
+@dataclass
+class _One:
+    """An item of a turn, as it was and as it is shown."""
+
+    original: Item
+    item: Item
+    tokens: int
 
 
 @dataclass
 class _Kept:
     """What is kept so far; the newest turn is the last one."""
 
-    pinned: list[Item]
     total: int
     window: int
     count: Count
-    turns: list[list[Item]] = field(default_factory=list)
+    turns: list[list[_One]] = field(default_factory=list)
     _open: set[str] = field(default_factory=set)
 
     def add(self, item: Item, tokens: int) -> None:
@@ -82,47 +90,50 @@ class _Kept:
             self._open.add(item.call_id)
         elif isinstance(item, FunctionOutputItem):
             self._open.discard(item.call_id)
-        after_answer = not self.turns or not _is_question(self.turns[-1][-1])
-        if not self.turns or (_is_question(item) and after_answer and not self._open):
+        goes_on = self.turns and (self._open or _is_question(self.turns[-1][-1].item))
+        if not self.turns or (_is_question(item) and not goes_on):
             self.turns.append([])
-        self.turns[-1].append(item)
+        self.turns[-1].append(_One(item, item, tokens))
         self.total += tokens
         if self.total > self.window:
             self._cut(int(self.window * KEPT_SHARE))
 
     def _cut(self, target: int) -> None:
         for turn in self.turns[:-1]:
-            self._shorten(turn, 0, len(turn), SHORT)
+            self._shorten(turn, SHORT)
         while len(self.turns) > 1 and self.total > target:
-            self.total -= sum(_tokens(item, self.count) for item in self.turns.pop(0))
+            self.total -= sum(one.tokens for one in self.turns.pop(0))
+        if self.total <= self.window:
+            return
         newest = self.turns[-1]
         last = _last_outputs(newest)
         for limit in LIMITS:
             if self.total > target:
-                self._shorten(newest, 0, last, limit)
+                self._shorten(newest[:last], limit)
         for limit in LIMITS:
             if self.total > self.window:
-                self._shorten(newest, last, len(newest), limit)
+                self._shorten(newest[last:], limit)
 
-    def _shorten(self, turn: list[Item], start: int, end: int, limit: int) -> None:
-        for place in range(start, end):
-            item = shortened(turn[place], limit)
-            if item is not turn[place] and item != turn[place]:
-                self.total += _tokens(item, self.count) - _tokens(turn[place], self.count)
-                turn[place] = item
+    def _shorten(self, items: Sequence[_One], limit: int) -> None:
+        for one in items:
+            item = shortened(one.original, limit)
+            if item != one.original and item != one.item:
+                tokens = _tokens(item, self.count)
+                if tokens < one.tokens:
+                    self.total += tokens - one.tokens
+                    one.item, one.tokens = item, tokens
 
 
-def _last_outputs(turn: list[Item]) -> int:
+def _last_outputs(turn: Sequence[_One]) -> int:
     """Where the outputs at the end of the turn begin that one step has got."""
-    start = len(turn)
-    for place in range(len(turn) - 1, -1, -1):
-        item, last = turn[place], turn[-1]
-        if type(item) is not type(last) or isinstance(item, MessageItem | FunctionCallItem):
+    place = len(turn)
+    last = turn[-1].item
+    while place and isinstance(last, FunctionOutputItem | ToolRunItem):
+        item = turn[place - 1].item
+        if type(item) is not type(last) or getattr(item, "step", 0) != getattr(last, "step", 0):
             break
-        if isinstance(item, ToolRunItem) and item.step != getattr(last, "step", 0):
-            break
-        start = place
-    return start
+        place -= 1
+    return place
 
 
 def _tokens(item: Item, count: Count) -> int:

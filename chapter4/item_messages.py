@@ -19,11 +19,11 @@ TOOL_OUTPUT_RULE = (
 )
 # What separates messages and calls in the formats of common models: no tool may write that.
 _MARKS = re.compile(
-    r"<(?=\s*/?\s*(?:tool_\w+|tools|think|\w*_of_turn|s|bos|eos|pad|unk)\s*>)"
-    "|<(?=[|\uff5c])"  # DeepSeek's bar is a wide one
-    r"|\[(?=/?[A-Z_]{3,32}\])",
-    re.IGNORECASE,
+    r"<(?=\s*/?\s*(?i:tool_\w+|tools|think|\w+_of_turn|s|bos|eos|pad|unk)\s*>)"
+    "|<(?=[|\uff5c])|<(?=</?SYS>>)"  # DeepSeek's bar is a wide one
+    r"|\[(?=/?(?:INST|TOOL_\w+|AVAILABLE_TOOLS|SYSTEM_PROMPT|ARGS|CALL_ID|THINK)\])"
 )
+_ESCAPED = {"<": "&lt;", "[": "&#91;"}
 
 
 def messages_of(items: Sequence[Item], *, tools: bool = False) -> list[ChatMessage]:
@@ -56,7 +56,7 @@ def messages_of(items: Sequence[Item], *, tools: bool = False) -> list[ChatMessa
 
 def as_data(output: str) -> str:
     """A tool's output between marks that it cannot write itself."""
-    text = _MARKS.sub(lambda mark: mark[0] + " ", output)
+    text = _MARKS.sub(lambda mark: _ESCAPED[mark[0]], output)
     return f"<tool_output>\n{text}\n</tool_output>"
 
 

@@ -14,6 +14,7 @@ from common.protocol_agent import AgentRequest, Item, RunEnded, StoredResponse
 from common.telemetry import log
 
 import msgspec
+from msgspec.structs import replace
 
 COMMIT_S = 15.0  # NATS may be away for so long without a loss
 RETRY_S = 0.2
@@ -139,16 +140,16 @@ class Session:
             document=request.document,
         )
 
-    def _encoded(self, turn: StoredResponse) -> bytes:
+    def _encoded(self, whole: StoredResponse) -> bytes:
         """As JSON; if that is too long, what tools have said is shortened."""
         most = min(self._settings.max_turn, self._store.max_value)
-        limit = most
+        limit, turn = most, whole
         while len(value := msgspec.json.encode(turn)) > most:
             limit //= 2
             if limit < SHORTEST:
                 message = f"The response has {len(value)} bytes; to be stored it may have {most}."
                 raise PipelineError("too_large", message)
-            turn.output = [shortened(item, limit) for item in turn.output]
+            turn = replace(whole, output=[shortened(item, limit) for item in whole.output])
         return value
 
     def _first_kept(self, turns: list[TurnRef]) -> int:
