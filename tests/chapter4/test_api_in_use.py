@@ -1,0 +1,227 @@
+"""Chapter 4's API with the official `openai` client, on a pipeline whose engine has a script."""
+
+import json
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from launch.chapters import Options
+from launch.children import Children
+from launch.pipeline import Pipeline, pipeline
+from launch.ports import free_port
+from tests.chapter1.helpers import MODEL, http_client, nothing_in_flight
+
+import openai
+import pytest
+import pytest_asyncio
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
+
+CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+SCRIPT = [
+    # A rule fits a prompt that has all its words in this order.
+    (r"(?s)Add two.*<tool_output>.*Thanks", "You are welcome."),
+    (r"(?s)Add two.*<tool_output>", "It is 4."),
+    (r"Add two", CALL % ("calculator", '{"expression": "2+2"}')),
+    (r"(?s)What is the weather.*18 degrees", "Sunny, 18 degrees."),
+    (r"What is the weather", CALL % ("Weather", '{"city": "Paris"}')),
+    (
+        r"Ask for both",
+        CALL % ("Weather", '{"city": "Paris"}') + CALL % ("Weather", '{"city": "Rome"}'),
+    ),
+    (r"Hello", "Hello, you."),
+]
+BUILTIN: Any = {
+    "type": "mcp",
+    "server_label": "builtin",
+    "allowed_tools": ["calculator"],
+    "require_approval": "never",
+}
+
+
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: str
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def running(
+    servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Pipeline]:
+    script = tmp_path_factory.mktemp("script") / "script.json"
+    script.write_text(json.dumps(SCRIPT))
+    lines: list[str] = []
+    with Children(lambda name, line: lines.append(f"{name:>10} | {line}")) as children:
+        options = Options(
+            namespace=f"test-{uuid.uuid4().hex[:12]}",
+            engines=1,
+            backend="simulated",
+            port=free_port(),
+        )
+        async with pipeline(children, servers, "chapter4", options, start=()) as running:
+            running.commands["engine0"] = [
+                *(sys.executable, "-m", "tests.chapter4.scripted_engine"),
+                *running.commands["engine0"][3:],
+                f"--engine-arg={script}",
+            ]
+            for name in running.commands:
+                running.start(name)
+            await running.wait_ready()
+            yield running
+            running.kill()
+    print(*lines[-200:], sep="\n")
+
+
+@pytest_asyncio.fixture
+async def api(running: Pipeline) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url=f"{running.url}/v1", max_retries=0
+    ) as api:
+        yield api
+
+
+async def test_a_chat_calls_and_goes_on(api: openai.AsyncOpenAI) -> None:
+    tools: Any = [openai.pydantic_function_tool(Weather)]
+    messages: list[Any] = [{"role": "user", "content": "What is the weather?"}]
+    answer = await api.chat.completions.parse(model=MODEL, messages=messages, tools=tools)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.function.parsed_arguments == Weather(city="Paris")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "18 degrees"}
+    messages += [choice.message, result]
+    final = await api.chat.completions.create(model=MODEL, messages=messages, tools=tools)
+    assert final.choices[0].message.content == "Sunny, 18 degrees."
+    assert final.choices[0].finish_reason == "stop"
+
+
+async def test_streamed_chat_calls(api: openai.AsyncOpenAI) -> None:
+    tools: Any = [openai.pydantic_function_tool(Weather)]
+    messages: Any = [{"role": "user", "content": "Ask for both."}]
+    async with api.chat.completions.stream(model=MODEL, messages=messages, tools=tools) as stream:
+        done = [e async for e in stream if e.type == "tool_calls.function.arguments.done"]
+    assert [event.parsed_arguments for event in done] == [
+        Weather(city="Paris"),
+        Weather(city="Rome"),
+    ]
+
+
+async def test_a_run_calls_a_tool_and_answers_and_is_stored(api: openai.AsyncOpenAI) -> None:
+    response = await api.responses.create(model=MODEL, input="Add two and two.", tools=[BUILTIN])
+    check(response)
+    stored = await api.responses.retrieve(response.id)
+    check(stored)
+    assert without_times(stored) == without_times(response)
+    assert [item.type for item in response.output] == ["mcp_call", "message"]
+    assert response.output_text == "It is 4."
+    assert response.status == "completed"
+
+
+async def test_a_streamed_run_has_every_event(api: openai.AsyncOpenAI, running: Pipeline) -> None:
+    body = {"model": MODEL, "input": "Add two and two.", "tools": [BUILTIN], "stream": True}
+    events = []
+    async with (
+        http_client(running.url) as client,
+        client.stream("POST", "/v1/responses", json=body) as answer,
+    ):
+        assert answer.status_code == 200
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                events.append(json.loads(line.removeprefix("data: ")))
+                adapter = TypeAdapter[Any](ResponseStreamEvent)
+                adapter.validate_json(line.removeprefix("data: "), strict=True)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = list(dict.fromkeys(event["type"] for event in events))
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.mcp_call.in_progress",
+        "response.mcp_call_arguments.delta",
+        "response.mcp_call_arguments.done",
+        "response.mcp_call.completed",
+        "response.output_item.done",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.completed",
+    ]
+
+
+async def test_runs_go_on_and_are_deleted(api: openai.AsyncOpenAI) -> None:
+    async with api.responses.stream(
+        model=MODEL, input="Add two and two.", tools=[BUILTIN], metadata={"a": "b"}
+    ) as stream:
+        final = await stream.get_final_response()
+    stored = await api.responses.retrieve(final.id)
+    check(stored)
+    assert stored.output_text == final.output_text
+    again = await api.responses.create(
+        model=MODEL, input="Thanks!", previous_response_id=final.id, tools=[BUILTIN]
+    )
+    assert again.output_text == "You are welcome."
+    assert again.previous_response_id == final.id
+    assert again.conversation is not None
+    await api.responses.delete(final.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        await api.responses.retrieve(final.id)
+    assert caught.value.code == "not_found"
+    deleted = await api.conversations.delete(again.conversation.id)
+    assert deleted.deleted
+    with pytest.raises(openai.NotFoundError):
+        await api.responses.retrieve(again.id)
+
+
+async def test_a_function_of_the_caller(api: openai.AsyncOpenAI) -> None:
+    tools: Any = [
+        {
+            "type": "function",
+            "name": "Weather",
+            "parameters": Weather.model_json_schema(),
+            "strict": True,
+        }
+    ]
+    first = await api.responses.parse(model=MODEL, input="What is the weather?", tools=tools)
+    check(first)
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert call.parsed_arguments == {"city": "Paris"}
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"}
+    last = await api.responses.create(
+        model=MODEL, input=[output], previous_response_id=first.id, tools=tools
+    )
+    assert last.output_text == "Sunny, 18 degrees."
+    history: Any = [{"role": "user", "content": "What is the weather?"}, *first.output, output]
+    same = await api.responses.create(model=MODEL, input=history, tools=tools, store=False)
+    assert same.output_text == "Sunny, 18 degrees."
+
+
+async def test_a_run_that_cannot_begin_is_a_status(api: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        await api.responses.create(model=MODEL, input="Hello", previous_response_id="resp_x")
+    assert missing.value.param == "previous_response_id"
+    elsewhere: Any = {**BUILTIN, "server_label": "elsewhere"}
+    with pytest.raises(openai.BadRequestError, match="elsewhere"):
+        await api.responses.create(model=MODEL, input="Hello", tools=[elsewhere])
+
+
+async def test_runs_are_counted(api: openai.AsyncOpenAI, running: Pipeline) -> None:
+    await api.responses.create(model=MODEL, input="Hello", store=False)
+    async with http_client(running.url) as client:
+        await nothing_in_flight(client)
+        metrics = (await client.get("/metrics")).text
+    assert 'dynamo_frontend_requests_total{endpoint="responses",status="200"}' in metrics
+
+
+def check(response: Response) -> None:
+    """It has what the client's models say that it has, and nothing of a wrong type."""
+    Response.model_validate_json(response.model_dump_json(by_alias=True), strict=True)
+
+
+def without_times(response: Response) -> dict[str, Any]:
+    return response.model_dump(mode="json", exclude={"completed_at"})
