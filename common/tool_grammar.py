@@ -8,6 +8,8 @@ has room for two at least, if it can be had.
 
 from typing import Any
 
+from common.engines.json_schema import MAX_SCHEMA_BYTES
+from common.protocol import PipelineError
 from common.protocol_tools import FunctionTool
 from common.tool_schema import tightened
 from common.tool_schema_any import Limits
@@ -22,13 +24,18 @@ LIMITS = (Limits(2048, 16), Limits(512, 8), Limits(128, 6), Limits(32, 4), Limit
 
 
 def arguments_schema(tool: FunctionTool, tokens: int) -> str:
-    """The schema of one call's arguments, which are to fit into so many tokens."""
+    """The schema of one call's arguments, which are to fit into so many tokens.
+
+    Raises:
+        PipelineError: kind `invalid_request`; see `tightened`, or it is too large.
+    """
     for limits in LIMITS:
         definitions: dict[str, Any] = {}
         schema = tightened(tool, limits, definitions, "t0")
+        text = _text(schema, definitions)
         if longest(schema, definitions) <= tokens:
             break
-    return _text(schema, definitions)
+    return text
 
 
 def calls_schema(
@@ -36,7 +43,7 @@ def calls_schema(
 ) -> str:
     """The schema of a call of one of the tools, or of an array of 1 to `most` of them.
 
-    A call is `{"name": ..., arguments_key: {...}}`, in this order.
+    A call is `{"name": ..., arguments_key: {...}}`, in this order. Raises as `arguments_schema`.
     """
     for limits in LIMITS:
         definitions: dict[str, Any] = {}
@@ -53,6 +60,7 @@ def calls_schema(
             for number, tool in enumerate(tools)
         ]
         call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        _text(call, definitions)  # refused at once if it is too large
         length = longest(call, definitions) + 2
         if length * min(most or 1, 2) + 2 <= tokens:
             break
@@ -65,4 +73,9 @@ def calls_schema(
 
 def _text(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     whole = {**schema, "$defs": definitions} if definitions else schema
-    return msgspec.json.encode(whole).decode()
+    text = msgspec.json.encode(whole)
+    if len(text) > MAX_SCHEMA_BYTES:
+        message = f"The tools' parameters come to a schema of {len(text)} bytes; a call can be "
+        message += f"forced with at most {MAX_SCHEMA_BYTES}."
+        raise PipelineError("invalid_request", message, "tools")
+    return text.decode()

@@ -13,9 +13,9 @@ nothing of its own:
 - A value of any type is one of those, nested two deep.
 - A schema that contains itself does so `MAX_DEPTH` deep.
 
-Objects below `allOf`, and beside `anyOf` or `oneOf`, are closed together, and those within them not
-at all. Branches of `oneOf` must exclude each other by type or by a constant. What no grammar can do
-(`_REFUSED`) is refused.
+Objects below `allOf`, and beside `anyOf` or `oneOf`, are closed together; what several of them say
+about one property is left open. Branches of `oneOf` must exclude each other by type or by a
+constant. What no grammar can do (`_REFUSED`) is refused.
 """
 
 from typing import Any
@@ -24,32 +24,28 @@ from common.protocol import PipelineError
 from common.protocol_tools import FunctionTool
 from common.tool_schema_any import Limits, any_value, free_object
 from common.tool_schema_check import check
-from common.tool_schema_refs import References, SchemaError, exclude_each_other, property_names
-from common.tool_schema_types import array_sizes, bounded_number, bounded_string
+from common.tool_schema_refs import (
+    References,
+    SchemaError,
+    exclude_each_other,
+    property_names,
+    shared_names,
+)
+from common.tool_schema_types import KEYS_OF_TYPE, array_sizes, bounded_number, bounded_string
 
 import msgspec
 
 Schema = dict[str, Any]
+# Of objects that get no end of their own: the properties whose values get none either, or all.
+Open = frozenset[str] | bool
 
 MAX_DEPTH = 4
-MAX_SCHEMAS = 10_000  # with what is within them, and again for each depth
+MAX_SCHEMAS = 5_000  # with what is within them, and again for each depth
 _REFUSED = (
     *("not", "if", "then", "else", "contains", "propertyNames", "dependencies"),
     *("dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
     *("$dynamicRef", "$recursiveRef", "$id"),
 )
-_KEYS_OF_TYPE: dict[str, tuple[str, ...]] = {
-    "object": (
-        *("properties", "required", "additionalProperties", "patternProperties"),
-        *("minProperties", "maxProperties"),
-    ),
-    "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"),
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    "integer": (),
-    "boolean": (),
-    "null": (),
-}
 _VALUE_KEYS = ("enum", "const", "type")
 _APPLIED = ("$ref", "allOf", "anyOf", "oneOf")
 
@@ -64,7 +60,7 @@ def tightened(tool: FunctionTool, limits: Limits, definitions: dict[str, Any], n
         PipelineError: kind `invalid_request`, naming the tool; its schema is too large, wrong, or
             asks for what no grammar can do.
     """
-    own = tool.parameters or {"type": "object", "properties": {}}
+    own = tool.parameters or {"properties": {}}
     try:
         check(msgspec.json.encode(own).decode())
         own = {key: value for key, value in own.items() if key not in ("$id", "$schema")}
@@ -88,10 +84,10 @@ class _Walk:
         self._limits = limits
         self._definitions = definitions
         self._name = name
-        self._known: dict[tuple[str, int, bool], str] = {}
+        self._known: dict[tuple[str, int, Open], str] = {}
         self._count = 0
 
-    def schema(self, schema: Any, depth: int, *, open_: bool = False) -> Any:
+    def schema(self, schema: Any, depth: int, *, open_: Open = False) -> Any:
         """The schema, tightened; objects that are `open_` get no end."""
         self._count += 1
         if self._count > MAX_SCHEMAS:
@@ -99,15 +95,15 @@ class _Walk:
         if schema is False:
             return False
         if schema is True:
-            return True if open_ else any_value(self._limits, self._definitions)
+            return True if open_ is not False else any_value(self._limits, self._definitions)
         if not isinstance(schema, dict):
             raise SchemaError("a schema must be an object or a boolean")
         if refused := [key for key in _REFUSED if key in schema]:
             raise SchemaError(f"'{refused[0]}' is not supported")
         applied = [key for key in _APPLIED if key in schema]
-        own = {key: schema[key] for keys in _KEYS_OF_TYPE.values() for key in keys if key in schema}
+        own = {key: schema[key] for keys in KEYS_OF_TYPE.values() for key in keys if key in schema}
         if "enum" in schema or "const" in schema:
-            if any(key in own for key in (*_KEYS_OF_TYPE["object"], *_KEYS_OF_TYPE["array"])):
+            if any(key in own for key in (*KEYS_OF_TYPE["object"], *KEYS_OF_TYPE["array"])):
                 raise SchemaError("'enum' or 'const' beside keywords of objects or arrays")
             own.pop("format", None)
             own |= {key: schema[key] for key in _VALUE_KEYS if key in schema}
@@ -117,13 +113,13 @@ class _Walk:
             return self._applied(schema, applied, own, depth, open_)
         types = schema.get("type")
         if types is None:
-            types = [name for name, keys in _KEYS_OF_TYPE.items() if any(k in own for k in keys)]
+            types = [name for name, keys in KEYS_OF_TYPE.items() if any(k in own for k in keys)]
             if not types:
-                return {} if open_ else any_value(self._limits, self._definitions)
+                return {} if open_ is not False else any_value(self._limits, self._definitions)
             types = types[0]
         result: Schema = {"type": types}
         for name in types if isinstance(types, list) else [types]:
-            if name not in _KEYS_OF_TYPE:
+            if name not in KEYS_OF_TYPE:
                 raise SchemaError(f"there is no type {name!r}")
             if name == "object":
                 result |= self._object(own, depth, open_)
@@ -136,7 +132,7 @@ class _Walk:
         return result
 
     def _applied(
-        self, schema: Schema, applied: list[str], own: Schema, depth: int, open_: bool
+        self, schema: Schema, applied: list[str], own: Schema, depth: int, open_: Open
     ) -> Any:
         """Schemas within a schema that are about the same value."""
         own |= {"type": schema["type"]} if "type" in schema else {}
@@ -148,29 +144,30 @@ class _Walk:
                 return self.schema(schema[key][0], depth, open_=open_)
             if key != "allOf":
                 return {key: self._branches(key, schema[key], depth, open_)}
-        result: Schema = self.schema(own, depth, open_=True) if own else {}
+        shared = open_ is True or shared_names(schema, self._references) | (open_ or frozenset())
+        result: Schema = self.schema(own, depth, open_=shared) if own else {}
         both = []
         if "$ref" in schema:
-            both.append(self._reference(schema["$ref"], depth, True))
+            both.append(self._reference(schema["$ref"], depth, shared))
         if "allOf" in schema:
-            both += [self.schema(part, depth, open_=True) for part in schema["allOf"]]
+            both += [self.schema(part, depth, open_=shared) for part in schema["allOf"]]
         for key in ("anyOf", "oneOf"):
             if key in schema:
-                result[key] = self._branches(key, schema[key], depth, True)
+                result[key] = self._branches(key, schema[key], depth, shared)
         if both:
             result["allOf"] = both
-        if not open_ and (names := property_names(schema, self._references)) is not None:
+        if open_ is False and (names := property_names(schema, self._references)) is not None:
             known = result.get("properties", {})
             result["properties"] = known | {name: True for name in names if name not in known}
             result["additionalProperties"] = False
         return result
 
-    def _branches(self, key: str, branches: list[Any], depth: int, open_: bool) -> list[Any]:
+    def _branches(self, key: str, branches: list[Any], depth: int, open_: Open) -> list[Any]:
         if key == "oneOf" and not exclude_each_other(branches, self._references):
             raise SchemaError("the branches of 'oneOf' must exclude each other by a property")
         return [self.schema(branch, depth, open_=open_) for branch in branches]
 
-    def _reference(self, pointer: Any, depth: int, open_: bool) -> Any:
+    def _reference(self, pointer: Any, depth: int, open_: Open) -> Any:
         target = self._references.target(pointer)
         if self._references.is_recursive(pointer):
             depth += 1
@@ -183,49 +180,44 @@ class _Walk:
             self._definitions[name] = self.schema(target, depth, open_=open_)
         return {"$ref": f"#/$defs/{name}"}
 
-    def _object(self, own: Schema, depth: int, open_: bool) -> Schema:
+    def _object(self, own: Schema, depth: int, open_: Open) -> Schema:
         properties = {
-            name: self.schema(value, depth, open_=open_)
+            name: self.schema(value, depth, open_=_of_property(open_, name))
             for name, value in own.get("properties", {}).items()
         }
         patterns = {
-            pattern: self.schema(value, depth, open_=open_)
+            pattern: self.schema(value, depth, open_=open_ is not False)
             for pattern, value in own.get("patternProperties", {}).items()
         }
         required = list(own.get("required", []))
         others = own.get("additionalProperties", True)
-        if open_ or patterns:
-            kept: Schema = {
-                "properties": properties,
-                "patternProperties": patterns,
-                "required": required,
-            }
-            kept = {key: value for key, value in kept.items() if value}
-            kept |= {key: own[key] for key in ("minProperties", "maxProperties") if key in own}
-            if not open_:
-                return {**kept, "additionalProperties": False}
-            if "additionalProperties" in own:
-                kept["additionalProperties"] = self.schema(others, depth, open_=True)
-            return kept
         least, most = own.get("minProperties", 0), own.get("maxProperties")
-        if not properties and not required:
+        nothing = not (properties or required or patterns)
+        if open_ is False and nothing and not ("properties" in own and others is True):
             return free_object(self.schema(others, depth), self._limits, least, most)
-        for name in required:
-            if name not in properties:
-                properties[name] = self.schema(others, depth)
+        if open_ is False and not patterns:
+            properties |= {
+                name: self.schema(others, depth) for name in required if name not in properties
+            }
         # How many there are is settled by which ones there are.
         missing = max(least - len(required), 0)
         required += [name for name in properties if name not in required][:missing]
         if most is not None:
             optional = [name for name in properties if name not in required]
             for name in optional[max(most - len(required), 0) :]:
-                del properties[name]
-        if len(required) < least or (most is not None and len(required) > most):
+                properties[name] = False
+        beyond = most is not None and (len(required) > most or open_ is not False or patterns)
+        if len(required) < least or beyond:
             raise SchemaError("'minProperties' or 'maxProperties' does not go with the rest")
-        closed = {"properties": properties, "additionalProperties": False}
-        return {**closed, "required": required} if required else closed
+        kept: Schema = {"properties": properties, "patternProperties": patterns}
+        kept = {key: value for key, value in {**kept, "required": required}.items() if value}
+        if open_ is False:
+            return {**kept, "additionalProperties": False}
+        if "additionalProperties" in own:
+            kept["additionalProperties"] = self.schema(others, depth, open_=True)
+        return kept
 
-    def _array(self, own: Schema, depth: int, open_: bool) -> Schema:
+    def _array(self, own: Schema, depth: int, open_: Open) -> Schema:
         prefix, items = own.get("prefixItems", []), own.get("items", True)
         if isinstance(items, list):  # as it was until draft 2019-09
             prefix, items = items, own.get("additionalItems", True)
@@ -234,6 +226,10 @@ class _Walk:
             items = False
         return {
             **({"prefixItems": [self.schema(part, depth) for part in prefix]} if prefix else {}),
-            "items": self.schema(items, depth, open_=open_),
+            "items": self.schema(items, depth, open_=open_ is True),
             **sizes,
         }
+
+
+def _of_property(open_: Open, name: str) -> bool:
+    return open_ if isinstance(open_, bool) else name in open_

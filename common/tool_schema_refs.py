@@ -1,6 +1,7 @@
 """What a JSON schema refers to, and what its parts have in common."""
 
 import json
+from collections import Counter
 from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
@@ -91,6 +92,15 @@ def property_names(schema: Any, references: References) -> list[str] | None:
             seen.add(pointer)
             waiting.append(references.target(pointer))
     return list(names) or None
+
+
+def shared_names(schema: dict[str, Any], references: References) -> frozenset[str]:
+    """The properties that more than one of the schemas within one lists."""
+    keys = ("properties", "required")
+    parts = [{key: schema[key] for key in keys if key in schema}, *schema.get("allOf", [])]
+    parts += [{key: schema[key]} for key in ("$ref", "anyOf", "oneOf") if key in schema]
+    listed = Counter(name for part in parts for name in property_names(part, references) or [])
+    return frozenset(name for name, count in listed.items() if count > 1)
 
 
 def exclude_each_other(branches: list[Any], references: References) -> bool:

@@ -4,6 +4,18 @@ import math
 import re
 from typing import Any
 
+KEYS_OF_TYPE: dict[str, tuple[str, ...]] = {
+    "object": (
+        *("properties", "required", "additionalProperties", "patternProperties"),
+        *("minProperties", "maxProperties"),
+    ),
+    "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"),
+    "string": ("minLength", "maxLength", "pattern", "format"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "integer": (),
+    "boolean": (),
+    "null": (),
+}
 MAX_INTEGER = 2**53 - 1
 FORMAT_LENGTH = 64
 # Those that llguidance knows; of the others nothing is known that could be kept to.
@@ -12,6 +24,7 @@ FORMATS = (
     *("ipv4", "ipv6", "uuid", "uri"),
 )
 DECIMALS = 6
+MAX_DECIMALS = 12
 _MAX_PATTERN_LENGTH = 8192
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
@@ -54,7 +67,7 @@ def bounded_number(own: dict[str, Any], *, integers: bool) -> dict[str, Any]:
         digits += math.ceil(-math.log10(high - low))
     elif low == high:
         return kept
-    return {**kept, "multipleOf": 10**-digits} if digits <= 15 else kept
+    return {**kept, "multipleOf": 10**-digits} if digits <= MAX_DECIMALS else kept
 
 
 def array_sizes(own: dict[str, Any], prefix: int, limit: int) -> dict[str, int]:
