@@ -76,7 +76,7 @@ class Lifecycle:
             asyncio.ensure_future(endpoint.serve_endpoint(closed_on_its_loop(handler)))
             for endpoint, handler in zip(endpoints, handlers.values(), strict=True)
         ]
-        await asyncio.gather(*[_listed(endpoint) for endpoint in endpoints])
+        await asyncio.gather(*map(_listed, endpoints, served))
         self.serving = True
         stopped = asyncio.ensure_future(self.stop.wait())
         announced = asyncio.ensure_future(_announce(ready))
@@ -220,10 +220,12 @@ async def _supervise(worker: Callable[..., Awaitable[None]], args: argparse.Name
         log.info("stopped before it was ready")
 
 
-async def _listed(endpoint: Endpoint) -> None:
+async def _listed(endpoint: Endpoint, served: asyncio.Future[None]) -> None:
     """Return when discovery lists this process's instance of the endpoint."""
     client = await endpoint.client()
-    while endpoint.connection_id() not in client.instance_ids():  # noqa: ASYNC110 (no event)
+    while endpoint.connection_id() not in client.instance_ids():
+        if served.done():  # and so will never be listed
+            raise ComponentError(f"not listed: {served.exception() or 'the etcd lease is lost'}")
         await asyncio.sleep(LISTED_CHECK_S)
 
 
