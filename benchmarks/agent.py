@@ -81,7 +81,7 @@ SIMULATED_FULL = Size(
     crowd_answer=64,
     alone_s=35.0,
 )
-SIMULATED_QUICK = replace(SIMULATED_FULL, agents=12, steps=(3, 4), tool_s=(4.0, 8.0), alone_s=10.0)
+SIMULATED_QUICK = replace(SIMULATED_FULL, agents=12, steps=(3, 4), tool_s=(8.0, 16.0), alone_s=20.0)
 
 Rounds = dict[str, list[Run]]
 
@@ -200,6 +200,8 @@ def main() -> None:
     args = parse_args()
     silence_runtime()
     engines = SIMULATED if args.simulated else REAL
+    if args.quick:  # shorter tasks, so less to keep
+        engines = replace(engines, cache_tokens=engines.cache_tokens // 2)
     full, quick = (SIMULATED_FULL, SIMULATED_QUICK) if args.simulated else (FULL, QUICK)
     size = quick if args.quick else full
     seeds = list(range(1, (1 if args.quick else args.seeds) + 1))
