@@ -30,7 +30,7 @@ _CONTEXT = decimal.Context(
     traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow],
 )
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:_\d+)*)(?:\.\d*)?(?:[eE][+-]?\d{1,4})?|\.\d+)"
+    r"\s*(?:(?P<number>(?:\d+(?:,\d{3})+(?!\d)|\d+(?:_\d+)*)(?:\.\d*)?(?:[eE][+-]?\d{1,4})?|\.\d+)"
     r"|(?P<name>[A-Za-z]+\d*)|(?P<sign>\*\*|//|[-+*/%^(),]))"
 )
 _OTHER_SIGNS = str.maketrans(
@@ -55,6 +55,9 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Decimal]]] = {
     "max": (range(1, 100), max),
 }
 
+# So that a model whose calls are forced cannot write words.
+_PATTERN = rf"^(?:[-+*/%^(),.0-9 eE]|of |{'|'.join([*_FUNCTIONS, *_CONSTANTS])})+$"
+
 
 def calculator(
     expression: Annotated[
@@ -62,6 +65,7 @@ def calculator(
         Field(
             min_length=1,
             max_length=MAX_LENGTH,
+            pattern=_PATTERN,
             description="for example: 17% * 1200000, (3 + 4) / 2, sqrt(2) ^ 3, max(1, 2)",
         ),
     ],

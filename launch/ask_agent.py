@@ -11,6 +11,26 @@ from launch.errors import LaunchError
 import httpx
 
 MAX_ANSWER_TOKENS = 256
+# A small model does as an example does, and says no more than a form has room for.
+EXAMPLE = """\
+First search for what you need to know, then calculate with the numbers that you found, then answer.
+Example:
+Question: What is 5% of the height of the tallest tower in the notes?
+search_documents: {"query": "height of the tallest tower"}
+Output: the Iron Tower, 340 m
+calculator: {"expression": "5% of 340"}
+Output: 17
+Answer: {"answer": "17 m"}"""
+FORM = {
+    "type": "json_schema",
+    "name": "answer",
+    "schema": {
+        "type": "object",
+        "properties": {"answer": {"type": "string", "maxLength": 200}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    },
+}
 SHOWN = 160  # characters of a tool's output
 
 
@@ -24,7 +44,8 @@ async def ask_agent(
 ) -> str:
     """Give the agent at `url` one task; `on_text` gets its steps and its answer in pieces.
 
-    `plan` names tools that it must call first, in this order. Returns what it took.
+    `plan` is for a model that cannot choose: it names the tools that it must call, in this order,
+    and the answer has a form. Returns what it took.
 
     Raises:
         LaunchError: the pipeline refused the request or failed at work on it.
@@ -46,16 +67,21 @@ async def _stream(
     plan: Sequence[str],
 ) -> str:
     builtin = {"type": "mcp", "server_label": "builtin", "require_approval": "never"}
-    request = {
+    request: dict[str, Any] = {
         "model": await served_model(client),
         "input": task,
         "temperature": 0,
         "max_output_tokens": MAX_ANSWER_TOKENS,
         "stream": True,
         "store": False,
-        "tools": [builtin] if tools else [],
-        "nvext": {"tool_plan": list(plan)},
     }
+    if tools:
+        request["tools"] = [builtin]
+    if plan:
+        request["tools"] = [{**builtin, "allowed_tools": list(plan)}]
+        request["instructions"] = EXAMPLE
+        request["text"] = {"format": FORM}
+        request["nvext"] = {"tool_plan": list(plan), "max_steps": len(plan) + 1}
     sent = time.perf_counter()
     async with client.stream("POST", "/v1/responses", json=request) as response:
         await check(response)
