@@ -55,8 +55,10 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Decimal]]] = {
     "max": (range(1, 100), max),
 }
 
-# So that a model whose calls are forced cannot write words.
-_PATTERN = rf"^(?:[-+*/%^(),.0-9 eE]|of |{'|'.join([*_FUNCTIONS, *_CONSTANTS])})+$"
+_WORDS = "|".join(["of ", *_FUNCTIONS, *_CONSTANTS])
+_SIGNS = "".join(map(chr, _OTHER_SIGNS))
+# So that a model whose calls are forced cannot write sentences.
+_PATTERN = f"^(?:[-+*/%^(),.0-9_ eE{_SIGNS}]|{_WORDS})+$"
 
 
 def calculator(
