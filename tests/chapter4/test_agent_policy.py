@@ -5,6 +5,7 @@ from typing import Any
 
 from chapter4.agent_hints import MAX_RETAIN_S, pool_of, retain_s, wanted_pool
 from chapter4.canary import figures
+from chapter4.disaggregation import PrefillRule
 from chapter4.policies import agent, earliest_start
 from chapter4.policy_loader import DEFAULT_POLICY
 from chapter4.scoring import best, scored
@@ -145,6 +146,33 @@ def test_a_session_that_comes_back_anywhere_is_awaited_no_more() -> None:
     assert awaited(selector, 1.0)[home] == 1
     selector.select(route([7] * 40, "a2", session="a"), 1.0, {FIRST + home})
     assert awaited(selector, 1.0) == [0, 0]
+
+
+def test_another_router_awaits_it_as_well() -> None:
+    """It hears of each decision and each report."""
+    selector, other = fleet(engines=2), fleet(engines=2)
+    selector.tell = lambda routed: other.count(routed, 0.0)
+    selector.heard = lambda report: other.report(report, 0.0)
+    home = step(selector, "a1", 0.0, session="a", next_turn_s=2.0)
+    assert awaited(other, 1.0)[home] == 1
+    assert awaited(other, 1.0) == awaited(selector, 1.0)
+    selector.select(route([7] * 40, "a2", session="a"), 1.0)
+    assert awaited(other, 1.0) == [0, 0]
+
+
+def test_only_the_engine_that_answered_has_its_blocks() -> None:
+    """Not the one that computed the prompt for it."""
+    selector = fleet(engines=2)
+    selector.prefill_rule = PrefillRule(0)
+    for worker, role in zip(selector.workers.values(), ("decode", "prefill"), strict=True):
+        worker.source.role = role  # type: ignore[assignment]
+    decision = selector.select(route([7] * 40, "a1", session="a", next_turn_s=2.0), 0.0)
+    assert decision.prefill_id
+    for name, instance in ((decision.prefill_id, FIRST + 1), ("a1", FIRST)):
+        selector.report(RequestReport(name, instance, "first_token", 1.0), 0.5)
+        selector.report(RequestReport(name, instance, "finished", 1.0, 4), 0.5)
+    loads = [selector.active.load(instance) for instance in (FIRST, FIRST + 1)]
+    assert [load.awaited(1.0) for load in loads] == [1, 0]
 
 
 def test_who_does_not_say_when_is_not_awaited() -> None:
