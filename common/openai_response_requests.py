@@ -10,7 +10,6 @@ from common.openai_fields import StrictModel, bad_value
 from common.openai_messages import finite
 from common.openai_response_items import Input
 from common.openai_response_tools import (
-    McpTool,
     ResponseFunction,
     ResponseTool,
     ResponseToolChoice,
@@ -209,9 +208,9 @@ class ResponseRequest(StrictModel):
             raise bad_value("Differs from 'user'; give one.", "safety_identifier")
         tools = self.tools or []
         check_names([tool.tool() for tool in tools if isinstance(tool, ResponseFunction)], "name")
-        labels = [tool.server_label for tool in tools if isinstance(tool, McpTool)]
-        for index, tool in enumerate(tools):
-            if isinstance(tool, McpTool) and labels.count(tool.server_label) > 1:
+        labels = [getattr(tool, "server_label", None) for tool in tools]
+        for index, label in enumerate(labels):
+            if label is not None and label in labels[:index]:
                 raise bad_value("Given twice.", "tools", index, "server_label")
         if self.tool_choice is not None and (problem := self.tool_choice.problem(tools)):
             raise bad_value(problem, "tool_choice")
