@@ -25,6 +25,7 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 ANSWER_S = 3.0  # the longest that an operation takes: to reconnect, and to be answered
 RECONNECT_S = 1
+PING_S = 5  # a server that answers none of two in a row is connected to anew
 OVERHEAD = 4096  # of max_payload: subject, headers
 STORE_FULL = (10047, 10077)  # no room for the message in the account, in the stream
 MISSING = (nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError)
@@ -160,6 +161,7 @@ async def open_bucket(name: str, *, ttl_s: float, max_bytes: int | None) -> Asyn
                     token=token,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=RECONNECT_S,
+                    ping_interval=PING_S,
                     error_cb=on_error,
                     disconnected_cb=on_disconnected,
                     reconnected_cb=on_reconnected,

@@ -1,6 +1,7 @@
 """Sessions in NATS: any replica goes on with any of them, and of two runs at once one has it."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
@@ -113,6 +114,38 @@ async def test_runs_at_once_never_interleave(replica: Open) -> None:
     assert kinds <= {"conflict"}
     assert stored[1::2] == [f"re: {text}" for text in stored[::2]]
     assert sorted(stored[::2]) == sorted(text for text in done if text)
+    assert stored
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_was_stored_is_one_history(replica: Open, clock: Clock, seed: int) -> None:
+    """Whatever runs are paused for too long: each one that is stored knew of all before it."""
+    dice = random.Random(seed)
+    known: list[list[str]] = []
+
+    async def talk(sessions: Sessions, text: str) -> None:
+        try:
+            async with await sessions.begin(request(text, conversation="c")) as session:
+                if dice.random() < 0.5:
+                    clock.now += SessionSettings.lease_s  # the others' claims expire meanwhile
+                    for _ in range(dice.randrange(5)):
+                        await said(sessions, conversation="c")
+                if dice.random() < 0.8:
+                    await session.commit([], ENDED)
+                    past = [i.content for i in session.history if isinstance(i, MessageItem)]
+                    known.append([*past, text])
+        except PipelineError as error:
+            kinds.add(error.info.kind)
+
+    kinds: set[str] = set()
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(replica()) for _ in range(3)]
+        for some in range(4):
+            await asyncio.gather(*[talk(replicas[n % 3], f"{some}-{n}") for n in range(9)])
+            clock.now += SessionSettings.lease_s + 1
+        stored = await said(replicas[0], conversation="c")
+    assert kinds <= {"conflict"}
+    assert sorted(known, key=len) == [stored[:end] for end in range(1, len(stored) + 1)]
     assert stored
 
 
