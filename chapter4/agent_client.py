@@ -22,17 +22,21 @@ from dynamo.runtime import Client, Context, DistributedRuntime
 
 @dataclass(frozen=True)
 class Agent:
-    """Clients of the agent's endpoints."""
+    """Clients of the agent's endpoints, and of the planner's, which is asked in the same way."""
 
     run: Client
+    planner: Client
     get_response: Client
     delete_response: Client
     delete_conversation: Client
 
     @classmethod
     async def of(cls, runtime: DistributedRuntime, namespace: str) -> "Agent":
-        names = ("run", "get_response", "delete_response", "delete_conversation")
-        endpoints = [runtime.endpoint(f"{namespace}.agent.{name}") for name in names]
+        names = ("agent.run", "planner.run", "agent.get_response", "agent.delete_response")
+        endpoints = [
+            runtime.endpoint(f"{namespace}.{name}")
+            for name in (*names, "agent.delete_conversation")
+        ]
         return cls(*[await endpoint.client() for endpoint in endpoints])
 
 

@@ -1,6 +1,7 @@
-"""The routes of the agent's runs: POST /v1/responses, and what is stored of them."""
+"""The routes of the agent's runs: POST /v1/responses, what is stored of them, the page /agent."""
 
 import argparse
+import importlib.resources
 import time
 from collections.abc import AsyncIterator
 
@@ -34,6 +35,8 @@ from dynamo.runtime import Context
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+PAGE = importlib.resources.files("chapter4").joinpath("static/agent.html")
+
 
 def add_responses(
     app: FastAPI, agent: Agent, metrics: FrontendMetrics, args: argparse.Namespace
@@ -59,7 +62,9 @@ def add_responses(
             context = Context(request_id)
             steps = bool(request.nvext and request.nvext.extra_fields)
             stream = ResponseStream(task, asked, steps=steps)
-            events: AsyncIterator[AgentEvent] = ask_agent(agent.run, task, request, context)
+            planned = request.nvext is not None and request.nvext.agent == "planner"
+            runs = agent.planner if planned else agent.run
+            events: AsyncIterator[AgentEvent] = ask_agent(runs, task, request, context)
             return StreamedAnswer(  # it ends `measured`
                 stream,
                 request_id,
@@ -71,6 +76,10 @@ def add_responses(
         except BaseException as error:
             measured.end(*outcome(error))
             raise
+
+    @app.get("/agent", include_in_schema=False)
+    async def page() -> Response:
+        return Response(PAGE.read_bytes(), media_type="text/html")
 
     # A user who is named gets only what is theirs; who has an id and names nobody, anything.
     @app.get("/v1/responses/{response_id}", responses=STORED_RESPONSES)

@@ -85,6 +85,7 @@ class ConversationId(StrictModel):
 class AgentNvext(StrictModel):
     """Dynamo's `nvext`, for a run of an agent."""
 
+    agent: Literal["agent", "planner"] | None = None
     extra_fields: Annotated[list[Literal["steps"]] | None, Field(description='["steps"]')] = None
     max_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
     timeout_s: Annotated[float | None, Field(gt=0, le=MAX_TIMEOUT_S)] = None
@@ -92,6 +93,7 @@ class AgentNvext(StrictModel):
 
 
 AGENT_NVEXT = (
+    '"agent": "agent" (default) or "planner", which splits the task into steps for agents; '
     f'"max_steps": 1 to {MAX_STEPS} answers of the model, default {_DEFAULTS.steps}; "timeout_s": '
     f'seconds, up to {MAX_TIMEOUT_S}, default {_DEFAULTS.seconds:g}; "tool_plan": names of tools '
     'that the first steps must call, one each; "extra_fields": ["steps"] adds what each step took'

@@ -41,6 +41,7 @@ ENGINE = Component("engine", options=("backend", "model"), replicated=True)
 LABORATORY_ENGINE = Component("engine", options=("backend", "model"), replicated=True, roles=True)
 PROCESSOR = Component("processor", options=("model",))
 AGENT = Component("agent")
+PLANNER = Component("planner")
 FRONTEND = Component("frontend", options=("port",))
 ROUTER = Component("router", options=("policy",))
 LABORATORY_ROUTER = Component("router", options=("policy", "shadow"), several=True)
@@ -51,7 +52,7 @@ CHAPTERS: dict[str, tuple[Component, ...]] = {
     "chapter1": (ENGINE, PROCESSOR, FRONTEND),
     "chapter2": (ENGINE, ROUTER, PROCESSOR, FRONTEND),
     "chapter3": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, FRONTEND),
-    "chapter4": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, AGENT, FRONTEND),
+    "chapter4": (LABORATORY_ENGINE, LABORATORY_ROUTER, PROCESSOR, AGENT, PLANNER, FRONTEND),
 }
 
 ENGINES = {"chapter2": 2, "chapter3": 4, "chapter4": 2}  # where one is not enough to see the lesson
@@ -78,7 +79,7 @@ POLICIES = {
 SURVIVE = {"chapter3", "chapter4"}
 PAGES = {  # besides the chat page
     "chapter3": {"Router page": "/router"},
-    "chapter4": {"Router page": "/router"},
+    "chapter4": {"Agent page": "/agent", "Router page": "/router"},
 }
 AGENTS = {"chapter4"}  # whose --ask is a task for an agent
 # What the model that comes with the project must call for it, since it cannot choose.
