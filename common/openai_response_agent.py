@@ -6,7 +6,7 @@ from common.openai_response_objects import Asked
 from common.openai_response_requests import AgentNvext, ResponseRequest
 from common.openai_response_tools import ResponseFunction
 from common.protocol import SamplingParams
-from common.protocol_agent import AgentRequest, Budget
+from common.protocol_agent import AgentRequest, Budget, FunctionCallItem, Item, ToolRunItem
 from common.protocol_routing import RoutingHints
 from common.protocol_tools import ToolChoice
 
@@ -28,7 +28,7 @@ def to_agent_request(
     return AgentRequest(
         model=request.model,
         response_id=response_id,
-        input=[item.item() for item in request.input],
+        input=_with_steps([item.item() for item in request.input]),
         instructions=request.instructions or "",
         previous_response_id=request.previous_response_id,
         conversation=request.conversation.id if request.conversation else None,
@@ -76,6 +76,23 @@ def asked_of(request: ResponseRequest, created: int) -> Asked:
         store=request.store is not False,
         include=list(request.include or []),
     )
+
+
+def _with_steps(items: list[Item]) -> list[Item]:
+    """Calls that a client sends back do not say which were made at once.
+
+    Of its functions, those that stand together were; of the agent's tools, each may have had the
+    output of the one before.
+    """
+    step = 0
+    before: Item | None = None
+    for item in items:
+        if isinstance(item, FunctionCallItem | ToolRunItem):
+            together = isinstance(item, FunctionCallItem) and isinstance(before, FunctionCallItem)
+            step += not together
+            item.step = step
+        before = item
+    return items
 
 
 def _sampling(request: ResponseRequest) -> SamplingParams:

@@ -165,13 +165,24 @@ def test_items_that_a_response_had_can_be_sent_back() -> None:
         MessageItem("system", "d"),
         MessageItem("user", "u"),
         MessageItem("assistant", "a"),
-        FunctionCallItem("1", "f", "{}"),
+        FunctionCallItem("1", "f", "{}", step=1),
         FunctionOutputItem("1", "r"),
-        ToolRunItem("2", "s", "g", "{}", "o"),
-        ToolRunItem("2", "s", "g", "{}", "", "no"),
-        ToolRunItem("3", "builtin", "python", '{"code": "1"}', "1"),
-        ToolRunItem("4", "builtin", "search_documents", '{"query": "q"}', "t"),
+        ToolRunItem("2", "s", "g", "{}", "o", step=2),
+        ToolRunItem("2", "s", "g", "{}", "", "no", step=3),
+        ToolRunItem("3", "builtin", "python", '{"code": "1"}', "1", step=4),
+        ToolRunItem("4", "builtin", "search_documents", '{"query": "q"}', "t", step=5),
     ]
+
+
+def test_functions_that_were_called_at_once_are_of_one_step() -> None:
+    def call(call_id: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"}
+
+    def output(call_id: str) -> dict[str, Any]:
+        return {"type": "function_call_output", "call_id": call_id, "output": "r"}
+
+    got = items(call("1"), call("2"), output("1"), output("2"), call("3"), output("3"))
+    assert [item.step for item in got if isinstance(item, FunctionCallItem)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
