@@ -21,6 +21,8 @@ from launch.futures import new_future, wait_first
 
 OnLine = Callable[[str, str], None]
 
+KILLED_TIMEOUT = 60.0  # what is killed ends at once, but on a busy machine
+
 
 class Children:
     """Owns child processes and `folder`, their temporary folder; both are gone at the end.
@@ -65,10 +67,10 @@ class Children:
         self.kill_all()
         try:
             for child in running:
-                child.exited.result(timeout=10)
+                child.exited.result(KILLED_TIMEOUT)
         finally:
             os.close(self.guard_pipe)
-            self._guard.wait(timeout=10)
+            self._guard.wait(KILLED_TIMEOUT)
             if self.folder.exists():  # somebody killed the guard
                 shutil.rmtree(self.folder)
 
