@@ -272,6 +272,37 @@ async def test_a_run_learns_that_it_was_overtaken(replica: Open, clock: Clock) -
         assert await said(sessions, conversation="c") == ["quick", "re: quick"]
 
 
+@pytest.mark.parametrize("overtaken", [False, True])
+async def test_a_commit_whose_answer_was_lost_is_one(
+    sessions: Sessions, other: Sessions, monkeypatch: pytest.MonkeyPatch, overtaken: bool
+) -> None:
+    """Trying again writes it neither twice nor away, also when another run has gone on already."""
+    session = await sessions.begin(request("a", conversation="c"))
+    change = session._store.change
+
+    async def change_unheard(*arguments: Any) -> int | None:
+        monkeypatch.setattr(session._store, "change", change)
+        assert await change(*arguments) is not None
+        if overtaken:
+            await turn(other, "b", conversation="c")
+        raise PipelineError("unavailable", "no answer")
+
+    monkeypatch.setattr(session._store, "change", change_unheard)
+    await session.commit([], ENDED)
+    await session.release()
+    assert await said(other, conversation="c") == ["a", *(["b", "re: b"] if overtaken else [])]
+    await turn(sessions, "c", conversation="c")
+
+
+async def test_a_renewal_whose_answer_was_lost_is_no_conflict(sessions: Sessions) -> None:
+    session = await sessions.begin(request("a", conversation="c"))
+    assert session.record.claim is not None
+    session.record.claim.until += 1
+    await session._store.change("c", session.record, session._revision)
+    await session.commit([], ENDED)
+    assert await said(sessions, conversation="c") == ["a"]
+
+
 # Forks
 
 
