@@ -10,7 +10,7 @@ from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import free_port
-from tests.chapter1.helpers import MODEL, http_client, nothing_in_flight
+from tests.chapter1.helpers import MODEL, eventually, http_client, nothing_in_flight
 
 import openai
 import pytest
@@ -30,6 +30,7 @@ SCRIPT = [
         r"Ask for both",
         CALL % ("Weather", '{"city": "Paris"}') + CALL % ("Weather", '{"city": "Rome"}'),
     ),
+    (r"Sleep", CALL % ("python", '{"code": "import time; time.sleep(300)"}')),
     (r"Hello", "Hello, you."),
 ]
 BUILTIN: Any = {
@@ -208,6 +209,44 @@ async def test_a_run_that_cannot_begin_is_a_status(api: openai.AsyncOpenAI) -> N
     elsewhere: Any = {**BUILTIN, "server_label": "elsewhere"}
     with pytest.raises(openai.BadRequestError, match="elsewhere"):
         await api.responses.create(model=MODEL, input="Hello", tools=[elsewhere])
+
+
+async def test_a_client_that_leaves_ends_the_run_and_its_tool(
+    api: openai.AsyncOpenAI, running: Pipeline
+) -> None:
+    """Until then nobody else gets its conversation; then it is free, and nothing was said in it."""
+    conversation = f"conv_{uuid.uuid4().hex}"
+    code: Any = {"type": "code_interpreter", "container": {"type": "auto"}}
+    async with await api.responses.create(
+        model=MODEL, input="Sleep.", conversation=conversation, tools=[code], stream=True
+    ) as events:
+        async for event in events:
+            if event.type == "response.code_interpreter_call.interpreting":
+                break
+        with pytest.raises(openai.ConflictError):
+            await api.responses.create(model=MODEL, input="Hello", conversation=conversation)
+
+    async def answered() -> bool:
+        try:
+            await api.responses.create(model=MODEL, input="Hello", conversation=conversation)
+        except openai.ConflictError:
+            return False
+        return True
+
+    await eventually(answered)
+    async with http_client(running.url) as client:
+        await nothing_in_flight(client)
+        metrics = (await client.get("/metrics")).text
+    assert 'dynamo_frontend_requests_total{endpoint="responses",status="499"}' in metrics
+
+
+async def test_the_openapi_document_has_the_routes(running: Pipeline) -> None:
+    async with http_client(running.url) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    assert set(paths["/v1/responses"]["post"]["responses"]) >= {"200", "400", "404", "409", "503"}
+    assert set(paths["/v1/responses/{response_id}"]) == {"get", "delete"}
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert "tools" in body["schema"]["properties"]
 
 
 async def test_runs_are_counted(api: openai.AsyncOpenAI, running: Pipeline) -> None:
