@@ -9,8 +9,8 @@ from launch.children import Children
 from launch.errors import LaunchError
 from launch.ports import LOOPBACK, free_port, free_port_near, http_port, is_free
 from launch.servers import check_etcd, check_nats, etcd_server, nats_server
+from tests.chapter1.helpers import http_client
 
-import httpx
 import pytest
 
 
@@ -41,7 +41,7 @@ async def test_etcd_answers_and_is_gone_afterwards(children: Children) -> None:
 
 async def test_etcd_keeps_its_data_and_its_port_when_it_restarts(children: Children) -> None:
     """The failure tests restart the servers under a running pipeline."""
-    async with etcd_server(children) as etcd, httpx.AsyncClient(base_url=etcd.url) as client:
+    async with etcd_server(children) as etcd, http_client(etcd.url) as client:
         pair = {"key": "a2V5", "value": "dmFsdWU="}
         (await client.post("/v3/kv/put", json=pair)).raise_for_status()
         await etcd.child.restart()

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.common.test_page import FLAGS, GET_BROWSER
+from tests.common.test_page import FLAGS, GET_BROWSER, START_MS
 
 import playwright.async_api as pw
 import pytest
@@ -20,7 +20,7 @@ async def chromium() -> AsyncIterator[pw.Browser]:
         ):
             pytest.skip(GET_BROWSER)
         browser = await playwright.chromium.launch(
-            executable_path=found, args=FLAGS, chromium_sandbox=False
+            executable_path=found, args=FLAGS, chromium_sandbox=False, timeout=START_MS
         )
         yield browser
         await browser.close()

@@ -35,6 +35,7 @@ FLAGS = [
     "--disable-sync",
 ]
 pw.expect.set_options(timeout=60_000)
+START_MS = 100_000  # on a busy machine
 MODEL = "SmolLM2-135M-Instruct"
 EVIL = "<b>bold</b><img src=x onerror=document.title='owned'> & <script>alert(1)</script>"
 
@@ -123,7 +124,7 @@ def browser() -> Iterator[pw.Browser]:
         if found is None and not os.path.exists(playwright.chromium.executable_path):
             pytest.skip(GET_BROWSER)
         browser = playwright.chromium.launch(
-            executable_path=found, args=FLAGS, chromium_sandbox=False
+            executable_path=found, args=FLAGS, chromium_sandbox=False, timeout=START_MS
         )
         yield browser
         browser.close()
