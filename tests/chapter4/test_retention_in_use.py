@@ -86,7 +86,7 @@ async def test_the_page_shows_agents_and_what_is_retained(
     start_pipeline: StartPipeline, caller: RuntimeCaller
 ) -> None:
     arguments = {"engine": ENGINES, "router": ["--no-canaries"]}
-    start = ["engine0", "router", "processor", "frontend"]
+    start = ["engine0", "router", "processor", "agent", "frontend"]
     async with (
         chromium() as browser,
         start_pipeline(chapter="chapter4", start=start, arguments=arguments) as running,
