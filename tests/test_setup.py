@@ -96,7 +96,7 @@ class Project:
     def setup(self, *arguments: str, status: int = 0) -> str:
         """Run the set-up; what it printed."""
         with self.start("setup", *arguments) as process:
-            output, _ = process.communicate(timeout=100)
+            output, _ = process.communicate(timeout=300)
         assert process.returncode == status, output
         return output
 
@@ -107,7 +107,7 @@ class Project:
         """
         command = ("base", sys.executable, "-c", "import os; print(os.getpid())")
         with self.start("setup", *command) as process:
-            output, _ = process.communicate(timeout=100)
+            output, _ = process.communicate(timeout=300)
         printed, _, pid = output.rstrip("\n").rpartition("\n")
         assert pid == str(process.pid), output
         return printed
@@ -138,6 +138,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+@pytest.mark.timeout(600)
 def test_first_run_later_runs_changed_pins_and_repairs(project: Project) -> None:
     """One .venv for all of it, as a new one takes its time."""
     first = project.becomes_a_command()
@@ -242,7 +243,7 @@ def test_a_second_etcd_leaves_the_data_of_the_first(project: Project) -> None:
 
 def test_first_runs_at_the_same_time(project: Project) -> None:
     both = [project.start(), project.start()]
-    outputs = [process.communicate(timeout=100)[0] for process in both]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sum("creating .venv" in output for output in outputs) == 1, outputs
     assert project.installed("leaf") == "1"
