@@ -66,7 +66,8 @@ def lock_up(folder: str) -> None:
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(kind, (limit, limit))
+        # Above the first one the CPU's sends SIGXCPU, above the second SIGKILL.
+        resource.setrlimit(kind, (limit, limit + 1 if kind == resource.RLIMIT_CPU else limit))
     _drop_capabilities()
     _check("PR_SET_DUMPABLE", _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     _check("PR_SET_NO_NEW_PRIVS", _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -39,7 +39,7 @@ def parse_arguments(text: str, schema: dict[str, Any]) -> dict[str, Any]:
     _left.set(MAX_REFERENCES)
     try:
         problem = jsonschema.exceptions.best_match(
-            _Validator(schema, _NO_OTHERS).iter_errors(arguments)
+            _Validator(schema, registry=_NO_OTHERS).iter_errors(arguments)
         )
     except (RecursionError, referencing.exceptions.Unresolvable, _TooManyError) as error:
         raise ValueError("the tool's schema cannot be used: its references do not end") from error

@@ -83,10 +83,10 @@ def function_tool(
             named: Any = Annotated[annotation, pydantic.Field(alias=parameter.name)]
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[f"argument_{parameter.name}"] = (named, default)
-    model = pydantic.create_model(f"{name}_arguments", **fields)
     try:
+        model = pydantic.create_model(f"{name}_arguments", **fields)
         parameters = model.model_json_schema(schema_generator=_Schema)
-    except pydantic.errors.PydanticInvalidForJsonSchema as error:
+    except pydantic.errors.PydanticUserError as error:
         raise TypeError(f"the tool {name}: {error}") from error
     threads = threading.Semaphore(MAX_THREADS)
 
