@@ -22,12 +22,14 @@ AWAITED = 0.5  # of an engine's place and time: not all come back when they said
 
 def policy(snapshot: Snapshot) -> list[dict[str, float]]:
     request = snapshot.request
+    has_pool = any(pool_of(worker.tags) == request.pool for worker in snapshot.workers)
+    wanted = request.pool if has_pool else ""
     return [
         {
             **terms,
             "awaited": -awaited_s(request, worker),
             "room": -room_s(request, worker),
-            "pool": -WRONG_POOL_S if is_elsewhere(request, worker) else 0.0,
+            "pool": -WRONG_POOL_S if wanted and pool_of(worker.tags) != wanted else 0.0,
         }
         for terms, worker in zip(earliest_start.policy(snapshot), snapshot.workers, strict=True)
     ]
@@ -52,8 +54,3 @@ def room_s(request: RequestView, worker: WorkerView) -> float:
     free = worker.total_blocks - worker.used_blocks - worker.retained_blocks
     evicted = min(max(needed - max(free, 0), 0.0), others)
     return evicted * worker.block_size / worker.prefill_tokens_per_s
-
-
-def is_elsewhere(request: RequestView, worker: WorkerView) -> bool:
-    """Whether the request prefers the engines of another pool."""
-    return bool(request.pool) and pool_of(worker.tags) != request.pool

@@ -97,7 +97,7 @@ def test_short_structured_steps_are_for_small_models(hints: dict[str, Any], want
     small, large = view(0, tags=frozenset({"pool=small"})), view(1, tags=frozenset({"pool=large"}))
     at = snapshot(small, large, pool=wanted)
     assert term("pool", at) == [
-        0.0 if wanted in ("", pool) else -agent.WRONG_POOL_S for pool in ("small", "large")
+        0.0 if wanted in ("", "gold", pool) else -agent.WRONG_POOL_S for pool in ("small", "large")
     ]
 
 
