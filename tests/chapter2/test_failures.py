@@ -304,12 +304,15 @@ async def test_kill_9_under_load(start_pipeline: StartPipeline) -> None:
         assert len(work.failures) <= 8
 
 
-async def test_kill_9_of_four_of_five_engines(start_pipeline: StartPipeline) -> None:
+async def test_kill_9_of_four_of_five_engines(
+    start_pipeline: StartPipeline, router_of: RouterOf
+) -> None:
     """However many of the listed engines refuse a request, one that is there answers it."""
     async with (
         start_pipeline(chapter="chapter2", engines=5) as running,
         http_client(running.url) as client,
     ):
+        await router_of(running).wait_ready(5)
         assert (await client.post(CHAT, json=chat(max_tokens=1))).status_code == 200
         for number in range(4):
             running.processes[f"engine{number}"].kill()

@@ -31,8 +31,10 @@ def router_of(runtime_caller: RuntimeCaller) -> RouterOf:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
-    """A pipeline with two simulated engines of 50 tokens/s and all log lines."""
+async def shared_pipeline(
+    servers: dict[str, str], runtime_caller: RuntimeCaller
+) -> AsyncIterator[Pipeline]:
+    """A pipeline with four simulated engines of 50 tokens/s and all log lines."""
     lines: list[str] = []
     with Children(lambda name, line: lines.append(f"{name:>10} | {line}")) as children:
         options = Options(
@@ -47,6 +49,7 @@ async def shared_pipeline(servers: dict[str, str]) -> AsyncIterator[Pipeline]:
         }
         async with pipeline(children, servers, "chapter3", options, arguments=arguments) as running:
             await running.wait_ready()
+            await Router(runtime_caller, running).wait_ready(4)
             yield running
             running.kill()
     print(*lines[-200:], sep="\n")

@@ -11,6 +11,7 @@ from chapter3.policy_loader import DEFAULT_POLICY
 from chapter3.set_policy import absolute, described
 from common.protocol_routing import PolicyState
 from tests.chapter1.helpers import http_client
+from tests.chapter3.conftest import RouterOf
 from tests.chapter3.helpers import ask
 from tests.conftest import StartPipeline
 
@@ -68,7 +69,7 @@ async def run(
 
 
 async def test_policies_of_all_routers_are_shown_and_changed(
-    start_pipeline: StartPipeline, servers: dict[str, str], tmp_path: Path
+    start_pipeline: StartPipeline, router_of: RouterOf, servers: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "def second(snapshot):\n    return [worker.worker_id == 1 for worker in snapshot.workers]\n"
@@ -79,6 +80,7 @@ async def test_policies_of_all_routers_are_shown_and_changed(
         start_pipeline(chapter="chapter3", engines=2, environment=long_lease) as p,
         http_client(p.url) as client,
     ):
+        await router_of(p).wait_ready()
 
         async def policies(*arguments: str, status: int = 0) -> tuple[list[str], str]:
             found = await run(
