@@ -1,7 +1,7 @@
 """Long-term notes: what an agent writes down for a user, and finds again in later sessions.
 
-Notes belong to the user, or to the session where the request names no user. The public methods
-with a `ToolContext` are made to be tools; what they return is for the model.
+Notes belong to the user, or to the session where the request names no user. `note_tools` makes
+tools of the methods with a `ToolContext`; what those return is for the model.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Annotated
 
 from chapter4.kv_bucket import Bucket, open_bucket
 from chapter4.session_settings import SessionSettings
-from chapter4.tools import ToolContext, ToolError
+from chapter4.tools import Tool, ToolContext, ToolError, function_tool
 from common.protocol import PipelineError
 
 import bm25s
@@ -142,6 +142,11 @@ class Notes:
                 raise ToolError(str(error), transient=True) from error
             if changed is not None:
                 return
+
+
+def note_tools(notes: Notes) -> list[Tool]:
+    functions = (notes.write_note, notes.search_notes, notes.list_notes, notes.delete_note)
+    return [function_tool(function) for function in functions]
 
 
 def _key(context: ToolContext) -> str:

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from chapter4.notes import MAX_BYTES, MAX_CHARACTERS, MAX_NOTES, Notes, open_notes
+from chapter4.notes import MAX_BYTES, MAX_CHARACTERS, MAX_NOTES, Notes, note_tools, open_notes
 from chapter4.session_settings import SessionSettings
-from chapter4.tools import ToolContext, ToolError, function_tool
+from chapter4.tools import ToolContext, ToolError
 
 import pytest
 import pytest_asyncio
@@ -141,15 +141,7 @@ def test_all_of_a_users_notes_are_one_message_of_nats() -> None:
 
 
 async def test_they_are_tools(notes: Notes) -> None:
-    tools = [
-        function_tool(function)
-        for function in (
-            notes.write_note,
-            notes.search_notes,
-            notes.list_notes,
-            notes.delete_note,
-        )
-    ]
+    tools = note_tools(notes)
     assert [tool.name for tool in tools] == [
         "write_note",
         "search_notes",
