@@ -15,7 +15,7 @@ from chapter4.hints import (
 from common.answer import StreamedAnswer
 from common.frontend_metrics import FrontendMetrics
 from common.http_errors import outcome
-from common.http_requests import read_body, refuse_other_sites
+from common.http_requests import read_body, refuse_other_parameters, refuse_other_sites
 from common.openai_response_agent import asked_of, response_id_of, to_agent_request
 from common.openai_response_docs import (
     DELETED_CONVERSATIONS,
@@ -83,13 +83,15 @@ def add_responses(
 
     # A user who is named gets only what is theirs; who has an id and names nobody, anything.
     @app.get("/v1/responses/{response_id}", responses=STORED_RESPONSES)
-    async def get_response(response_id: str, user: str | None = None) -> Response:
+    async def get_response(http: Request, response_id: str, user: str | None = None) -> Response:
+        refuse_other_parameters(http, "user")
         found = await stored_response(agent.get_response, StoredQuery(response_id, user))
         return JSONResponse(stored_document(found))
 
     @app.delete("/v1/responses/{response_id}", responses=DELETED_RESPONSES)
     async def delete_response(http: Request, response_id: str, user: str | None = None) -> Response:
         refuse_other_sites(http)
+        refuse_other_parameters(http, "user")
         await delete_stored(agent.delete_response, StoredQuery(response_id, user))
         return JSONResponse(to_wire(DeletedResponse(response_id)))
 
@@ -98,5 +100,6 @@ def add_responses(
         http: Request, conversation: str, user: str | None = None
     ) -> Response:
         refuse_other_sites(http)
+        refuse_other_parameters(http, "user")
         await delete_stored(agent.delete_conversation, StoredQuery(conversation, user))
         return JSONResponse(to_wire(DeletedConversation(conversation)))

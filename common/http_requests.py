@@ -49,6 +49,18 @@ def refuse_other_sites(request: Request) -> None:
         raise HTTPException(403, f"A page of another site ({origin}) may not send requests here.")
 
 
+def refuse_other_parameters(request: Request, *accepted: str) -> None:
+    """Keep a parameter of the URL from being ignored.
+
+    Raises:
+        PipelineError: kind `invalid_request`, naming it.
+    """
+    for name in request.query_params:
+        if name not in accepted:
+            message = f"'{name[:80]}': The parameter is unknown. Supported: {', '.join(accepted)}."
+            raise PipelineError("invalid_request", message, name[:80])
+
+
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """The whole body.
 

@@ -16,7 +16,7 @@ from common.openai_response_tools import (
     as_choice,
 )
 from common.openai_response_unsupported import PARAMETERS, TEXT
-from common.openai_tools import MAX_TOOLS, check_names
+from common.openai_tools import MAX_TOOLS, bounded, check_names
 from common.openai_values import FunctionName, Label, TokenCount
 from common.protocol_agent import Budget
 
@@ -138,6 +138,7 @@ class ResponseRequest(StrictModel):
             '"code_interpreter", "container": {"type": "auto"}} and {"type": "file_search", '
             '"vector_store_ids": ["documents"]}',
         ),
+        BeforeValidator(bounded, json_schema_input_type=list[ResponseTool] | None),
     ] = None
     tool_choice: Annotated[
         ResponseToolChoice | None,
@@ -209,7 +210,12 @@ class ResponseRequest(StrictModel):
         if None not in (self.user, self.safety_identifier) and self.user != self.safety_identifier:
             raise bad_value("Differs from 'user'; give one.", "safety_identifier")
         tools = self.tools or []
-        check_names([tool.tool() for tool in tools if isinstance(tool, ResponseFunction)], "name")
+        functions = [
+            (index, tool.name)
+            for index, tool in enumerate(tools)
+            if isinstance(tool, ResponseFunction)
+        ]
+        check_names(functions, "name")
         labels = [getattr(tool, "server_label", None) for tool in tools]
         for index, label in enumerate(labels):
             if label is not None and label in labels[:index]:

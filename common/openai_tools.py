@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/chat/create and
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from common.openai_fields import StrictModel, bad_value
@@ -20,9 +21,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_va
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 64 * 1024
-"""Of all the tools of a request together: their names, descriptions and schemas."""
+"""Of all the tools of a request together, as JSON."""
 
 Parameters = Annotated[dict[str, JsonValue], AfterValidator(check_parameters)]
+
+
+def bounded(tools: Any) -> Any:
+    """`tools`, unless they are too much to look at each of them."""
+    if len(json.dumps(tools)) > MAX_TOOLS_BYTES:
+        raise bad_value(f"The tools are over the limit of {MAX_TOOLS_BYTES} bytes.")
+    return tools
 
 
 class FunctionDefinition(StrictModel):
@@ -113,6 +121,7 @@ class ToolChatRequest(ChatRequest):
             '..., "description": ..., "parameters": JSON schema, "strict": true or false}}, with '
             f"different names of a-z, A-Z, 0-9, _ and -, together up to {MAX_TOOLS_BYTES} bytes",
         ),
+        BeforeValidator(bounded, json_schema_input_type=list[ChatTool] | None),
     ] = None
     tool_choice: Annotated[
         ChatToolChoice | None,
@@ -132,7 +141,8 @@ class ToolChatRequest(ChatRequest):
 
     @model_validator(mode="after")
     def check_tools(self) -> Self:
-        check_names([tool.function.tool() for tool in self.tools or []], "function", "name")
+        names = enumerate(tool.function.name for tool in self.tools or [])
+        check_names(names, "function", "name")
         known = {tool.function.name for tool in self.tools or []}
         if self.tool_choice is None:
             return self
@@ -177,16 +187,14 @@ def to_tool_process_request(request: ToolChatRequest) -> ToolProcessRequest:
     )
 
 
-def check_names(tools: list[FunctionTool], *path: str) -> None:
-    """Refuse names that are given twice, and too much of everything; `path` leads to a name."""
+def check_names(names: Iterable[tuple[int, str]], *path: str) -> None:
+    """Refuse a name that two tools have; with each comes its tool's place, from which `path` leads.
+
+    Raises:
+        PydanticCustomError: see `openai_fields.bad_value`.
+    """
     seen: set[str] = set()
-    for index, tool in enumerate(tools):
-        if tool.name in seen:
-            raise bad_value(f"'{tool.name}' is the name of two tools.", "tools", index, *path)
-        seen.add(tool.name)
-    size = sum(
-        len(tool.name) + len(tool.description.encode()) + len(json.dumps(tool.parameters))
-        for tool in tools
-    )
-    if size > MAX_TOOLS_BYTES:
-        raise bad_value(f"The tools are over the limit of {MAX_TOOLS_BYTES} bytes.", "tools")
+    for index, name in names:
+        if name in seen:
+            raise bad_value(f"'{name}' is the name of two tools.", "tools", index, *path)
+        seen.add(name)

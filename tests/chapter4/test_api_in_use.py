@@ -10,7 +10,7 @@ from launch.chapters import Options
 from launch.children import Children
 from launch.pipeline import Pipeline, pipeline
 from launch.ports import free_port
-from tests.chapter1.helpers import MODEL, eventually, http_client, nothing_in_flight
+from tests.chapter1.helpers import MODEL, eventually, http_client, is_healthy, nothing_in_flight
 
 import openai
 import pytest
@@ -249,12 +249,36 @@ async def test_the_openapi_document_has_the_routes(running: Pipeline) -> None:
     assert "tools" in body["schema"]["properties"]
 
 
+async def test_what_is_stored_takes_no_other_parameters(api: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await api.responses.retrieve("resp_1", stream=True)
+    assert caught.value.param == "stream"
+
+
 async def test_runs_are_counted(api: openai.AsyncOpenAI, running: Pipeline) -> None:
     await api.responses.create(model=MODEL, input="Hello", store=False)
     async with http_client(running.url) as client:
         await nothing_in_flight(client)
         metrics = (await client.get("/metrics")).text
     assert 'dynamo_frontend_requests_total{endpoint="responses",status="200"}' in metrics
+
+
+async def test_without_an_agent_it_is_not_healthy(
+    api: openai.AsyncOpenAI, running: Pipeline
+) -> None:
+    assert await running.processes["agent"].stop() == 0
+    async with http_client(running.url) as client:
+
+        async def is_unhealthy() -> bool:
+            health = await client.get("/health")
+            return health.status_code == 503 and "No agent" in health.json()["reason"]
+
+        await eventually(is_unhealthy)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await api.responses.create(model=MODEL, input="Hello", store=False)
+        assert caught.value.status_code == 503
+        await running.processes["agent"].restart()
+        await eventually(lambda: is_healthy(client))
 
 
 def check(response: Response) -> None:

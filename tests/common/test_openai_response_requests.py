@@ -220,7 +220,7 @@ def test_functions_that_were_called_at_once_are_of_one_step() -> None:
             "Missing",
         ),
         ({"tools": [MCP, MCP]}, "tools[1].server_label", "twice"),
-        ({"tools": [FUNCTION, FUNCTION]}, "tools[1].name", "two tools"),
+        ({"tools": [MCP, FUNCTION, FUNCTION]}, "tools[2].name", "two tools"),
         ({"tools": [{**FUNCTION, "name": "a b"}]}, "tools[0].name", "pattern"),
         ({"tools": [{**SEARCH, "vector_store_ids": ["x"]}]}, "tools[0].vector_store_ids[0]", "doc"),
         ({"tools": [{**CODE, "container": "cntr_1"}]}, "tools[0].container", "object"),

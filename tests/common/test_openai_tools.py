@@ -68,6 +68,11 @@ def test_without_tools_it_is_a_chat() -> None:
     assert sent(tools=[], tool_choice="auto", parallel_tool_calls=True) == wanted
 
 
+def test_null_means_the_default() -> None:
+    fields = set(ToolChatRequest.model_fields) - {"model", "messages"}
+    assert sent(**dict.fromkeys(fields | set(TOOL_PARAMETERS))) == sent()
+
+
 def test_a_function_reaches_the_processor() -> None:
     wanted = [FunctionTool("weather", "It.", CITY), FunctionTool("now")]
     bare = {"type": "function", "function": {"name": "now", "strict": True, "parameters": {}}}
