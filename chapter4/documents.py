@@ -50,7 +50,7 @@ class Documents:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise NotADirectoryError(f"there is no folder {folder}")
-        self._folder = folder
+        self._folder = folder.resolve()
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
         self._passages: list[Passage] = []

@@ -8,6 +8,7 @@ means a moment later. A redirect is followed to an allowed host alone.
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ MAX_REDIRECTS = 5
 TIMEOUT_S = 15.0
 TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -40,13 +42,11 @@ class AllowedHost:
         Raises:
             ValueError: it is none of these.
         """
-        try:
-            url = httpx.URL(f"http://{text}/")
-        except httpx.InvalidURL as error:
-            raise ValueError(f"{text!r} is no host") from error
-        if not url.host or str(url) != f"http://{text.lower()}/" or "*" in text:
-            raise ValueError(f"{text!r} is not HOST or HOST:PORT")
-        return cls(_plain(url.host), url.port)
+        match = _HOST.fullmatch(text)
+        port = None if match is None or match["port"] is None else int(match["port"])
+        if match is None or (port is not None and not 0 < port < 65536):
+            raise ValueError(f"{text!r} is no HOST or HOST:PORT")
+        return cls(_plain(match["name"].strip("[]")), port)
 
     def __str__(self) -> str:
         name = f"[{self.name}]" if ":" in self.name else self.name
