@@ -1,6 +1,5 @@
 """An agent's output items as those of POST /v1/responses, and a stored run as its response."""
 
-import json
 from typing import Any
 
 from common.openai_response_objects import (
@@ -34,6 +33,7 @@ from common.protocol_agent import (
 )
 
 import msgspec
+from pydantic_core import from_json
 
 CODE, SEARCH = "code_interpreter", "file_search"
 _OPENAIS_NAMES = {PYTHON_TOOL: CODE, DOCUMENTS_TOOL: SEARCH}
@@ -115,7 +115,7 @@ class OutputItems:
 def argument(arguments: str, name: str) -> str | None:
     """One of a call's arguments as text; None if they are not complete, or lack it."""
     try:
-        value = json.loads(arguments)
+        value = from_json(arguments)
     except ValueError:
         return None
     found = value.get(name) if isinstance(value, dict) else None

@@ -5,7 +5,6 @@ message answers a call. Source: https://platform.openai.com/docs/api-reference/c
 `/docs/guides/function-calling`.
 """
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from common.openai_fields import StrictModel, bad_value
@@ -16,6 +15,7 @@ from common.protocol import ChatMessage
 from common.protocol_tools import ToolCall
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic_core import from_json
 
 MAX_CALLS = 128
 """Of one message."""
@@ -24,7 +24,7 @@ MAX_CALLS = 128
 def json_object(text: str) -> str:
     """`text`, the arguments of a call."""
     try:
-        value: Any = json.loads(text)
+        value: Any = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise bad_value("Arguments are the text of a JSON object; this is no JSON.") from error
     if not isinstance(value, dict):

@@ -198,6 +198,11 @@ def test_wrong_tools_are_refused_by_name(
         ([calling(call(), call()), result()], "messages[0].tool_calls[1].id", "Two calls"),
         ([calling(call(arguments="{"))], "messages[0].tool_calls[0].function.arguments", "JSON"),
         ([calling(call(arguments="[]"))], "messages[0].tool_calls[0].function.arguments", "object"),
+        (
+            [calling(call(arguments="[" * 10_000))],
+            "messages[0].tool_calls[0].function.arguments",
+            "JSON",
+        ),
         ([calling()], "messages[0].content", "Needed"),
         ([{"role": "user", "content": None}], "messages[0].content", "Needed"),
         ([{**USER, "tool_calls": [call()]}], "messages[0].tool_calls", "'assistant'"),
