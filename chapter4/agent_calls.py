@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
 
 from chapter4.run_tool import ToolResult
 from common.protocol_agent import AgentEvent, FunctionCallItem, ItemDone, ToolRunItem, ToolStarted
@@ -20,7 +21,7 @@ async def run_calls(
     What the tools said is in the items then. When the run is stopped, they are cancelled.
     """
     running: dict[asyncio.Future[ToolResult], tuple[int, ToolRunItem]] = {}
-    stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+    stopped: asyncio.Future[Any] = asyncio.ensure_future(context.async_killed_or_stopped())
     try:
         for index, call in calls.items():
             if isinstance(call, FunctionCallItem):
@@ -32,7 +33,8 @@ async def run_calls(
                 running[asyncio.ensure_future(run(call))] = index, call
                 yield ToolStarted(index)
         while running and not stopped.done():
-            await asyncio.wait((*running, stopped), return_when=asyncio.FIRST_COMPLETED)
+            waits: list[asyncio.Future[Any]] = [*running, stopped]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in running if task.done()]:
                 index, call = running.pop(task)
                 result = task.result()
@@ -41,6 +43,7 @@ async def run_calls(
         for _, call in running.values():
             call.error = "cancelled"
     finally:
-        for waiting in (*running, stopped):
+        left: list[asyncio.Future[Any]] = [*running, stopped]
+        for waiting in left:
             waiting.cancel()
-        await asyncio.gather(*running, stopped, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)

@@ -109,8 +109,12 @@ class Run:
         yield self._ended(None)
 
     def _ended(self, reason: str | None) -> RunEnded:
-        status = "completed" if reason is None else "incomplete"
-        return RunEnded(status, self.usage, reason, conversation=self.session)
+        return RunEnded(
+            "completed" if reason is None else "incomplete",
+            self.usage,
+            reason,
+            conversation=self.session,
+        )
 
     def _over(self, deadline: float, finish: AnswerReason | None) -> str | None:
         """Why the run cannot go on, if it cannot."""
