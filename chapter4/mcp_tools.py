@@ -183,7 +183,10 @@ def _relayed(command: Sequence[str]) -> mcp.StdioServerParameters:
     """The command behind `mcp_relay.py`; its environment is HOME, PATH and the like alone."""
     relay = Path(__file__).with_name("mcp_relay.py")
     arguments = ["-I", "-S", str(relay), *command]
-    return mcp.StdioServerParameters(command=sys.executable, args=arguments)
+    # By default the package would stop reading at a byte that is no text.
+    return mcp.StdioServerParameters(
+        command=sys.executable, args=arguments, encoding_error_handler="replace"
+    )
 
 
 async def _listed(client: mcp.Client, label: str) -> AsyncIterator[mcp_types.Tool]:

@@ -68,7 +68,7 @@ def test_what_did_not_change_is_not_read_again(
     (tmp_path / "a.md").write_text("honey")
     documents = Documents(tmp_path)
     (passage,) = documents.search("honey", 3)
-    monkeypatch.setattr(module.bm25s, "BM25", None)
+    monkeypatch.setattr("bm25s.BM25", None)
     assert documents.search("honey", 3)[0] is passage
 
 

@@ -64,7 +64,7 @@ class Pages(BaseHTTPRequestHandler):
         self.send(301, b"", location="hello")
 
     def page_away(self) -> None:
-        self.send(307, b"", location=f"http://localhost:{self.server.server_address[1]}/hello")
+        self.send(307, b"", location=f"http://localhost:{self.connection.getsockname()[1]}/hello")
 
     def page_file(self) -> None:
         self.send(302, b"", location="file:///etc/passwd")
