@@ -17,11 +17,20 @@ _NOUNS = ("weather", "order", "user", "ticket", "document", "event", "invoice", 
 _WORDS = ("low", "high", "open", "closed", "metric", "imperial", "json", "csv", "daily", "draft")
 
 
-def tools_of(seed: int, count: int) -> list[FunctionTool]:
-    """So many tools with different names."""
+def tools_of(
+    seed: int, count: int, *, depth: int = 2, recursive: bool = True
+) -> list[FunctionTool]:
+    """So many tools with different names, whose schemas nest so deep.
+
+    Without `recursive`, no schema contains itself.
+    """
     random = Random(seed)
-    names = random.sample([f"{verb}_{noun}" for verb in _VERBS for noun in _NOUNS], count)
-    return [FunctionTool(name, _described(name), _Schemas(random).arguments()) for name in names]
+    known = [f"{verb}_{noun}" for verb in _VERBS for noun in _NOUNS]
+    names = [f"{known[n % len(known)]}_{n}" for n in random.sample(range(10 * count), count)]
+    return [
+        FunctionTool(name, _described(name), _Schemas(random).arguments(depth, recursive))
+        for name in names
+    ]
 
 
 def _described(name: str) -> str:
@@ -35,9 +44,9 @@ class _Schemas:
         self._random = random
         self._definitions: Schema = {}
 
-    def arguments(self) -> Schema:
-        schema = self._object(depth=2)
-        if self._random.random() < 0.1:
+    def arguments(self, depth: int, recursive: bool) -> Schema:
+        schema = self._object(depth)
+        if recursive and self._random.random() < 0.1:
             schema["properties"]["tree"] = {"$ref": "#/$defs/Node"}
             self._definitions["Node"] = {
                 "type": "object",
@@ -47,7 +56,7 @@ class _Schemas:
                 },
                 "required": ["value"],
             }
-        if self._random.random() < 0.05:
+        if recursive and self._random.random() < 0.05:
             schema["properties"]["again"] = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
         return {**schema, "$defs": self._definitions} if self._definitions else schema
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 from common.engines.json_schema import MAX_SCHEMA_BYTES, check_schema_numbers
 from common.tool_schema_refs import SchemaError
 
-import jsonschema  # type: ignore[import-untyped]
-from jsonschema.validators import (  # type: ignore[import-untyped]
+import jsonschema
+from jsonschema.validators import (
     Draft202012Validator,
     validator_for,
 )

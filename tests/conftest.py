@@ -31,6 +31,7 @@ LONG_FILES = (
     "test_setup.py",
     "test_launch.py",
     "chapter3/test_migration_in_use.py",
+    "chapter4/test_tool_calls.py",
     "chapter4/test_sessions_in_use.py",
     "chapter4/test_sandbox.py",
 )

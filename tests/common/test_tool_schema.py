@@ -15,7 +15,7 @@ from common.tool_schema import tightened
 from common.tool_schema_any import Limits
 from common.tool_schema_size import longest
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -67,7 +67,7 @@ def tool(schema: dict[str, Any] | None) -> FunctionTool:
 def test_what_matches_the_tightened_schema_matches_the_tools_own(seed: int, tokens: int) -> None:
     [made] = tools_of(seed, 1)
     document = some_document(arguments_schema(made, tokens), Random(seed))
-    jsonschema.Draft202012Validator(made.parameters).validate(document)
+    jsonschema.Draft202012Validator(made.parameters or {}).validate(document)
 
 
 @settings(max_examples=10, deadline=None)
@@ -78,7 +78,9 @@ def test_calls_of_several_tools_match_their_schemas(seed: int, several: bool) ->
     schema = calls_schema(list(made.values()), "arguments", 500, most=3 if several else None)
     calls = some_document(schema, Random(seed))
     for call in calls if several else [calls]:
-        jsonschema.Draft202012Validator(made[call["name"]].parameters).validate(call["arguments"])
+        jsonschema.Draft202012Validator(made[call["name"]].parameters or {}).validate(
+            call["arguments"]
+        )
     assert not several or 1 <= len(calls) <= 3
 
 
