@@ -35,6 +35,7 @@ from dynamo.runtime import Context
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+RUN_END_S = 10.0  # a run that is stopped ends its tools first
 PAGE = importlib.resources.files("chapter4").joinpath("static/agent.html")
 
 
@@ -72,6 +73,7 @@ def add_responses(
                 context,
                 measured,
                 stream=bool(request.stream),
+                end_s=RUN_END_S,
             )
         except BaseException as error:
             measured.end(*outcome(error))

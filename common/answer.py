@@ -60,8 +60,11 @@ class StreamedAnswer(Response, Generic[Output]):
         metrics: RequestMetrics,
         *,
         stream: bool,
+        end_s: float = STREAM_END_S,
     ) -> None:
+        """When the client has left, `outputs` get `end_s` to end by themselves."""
         super().__init__()
+        self.end_s = end_s
         self.encoder = encoder
         self.stream = stream
         self.request_id = request_id
@@ -83,7 +86,7 @@ class StreamedAnswer(Response, Generic[Output]):
                 request_log(self.request_id).info("the client is gone; cancelled")
                 self.context.stop_generating()
                 # The stream ends by itself now; to drop it would look like a broken instance.
-                await asyncio.wait([sending], timeout=STREAM_END_S)
+                await asyncio.wait([sending], timeout=self.end_s)
         except BaseException as error:
             status, error_kind = outcome(error)
             raise

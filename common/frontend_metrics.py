@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from common.http_errors import CANCELLED, outcome
 from common.protocol import PipelineError, TextOutput
-from common.protocol_agent import AgentEvent, CallDelta, StepEnded, TextDelta
+from common.protocol_agent import AgentEvent, CallDelta, RunEnded, StepEnded, TextDelta
 
 from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -149,6 +149,7 @@ class RequestMetrics:
         self._endpoint = endpoint
         self._last = 0.0
         self._tokens = 0
+        self._run_failed: str | None = None
 
     async def observed(self, outputs: AsyncIterator[TextOutput]) -> AsyncIterator[TextOutput]:
         """The same items, taken note of; the clock starts when the first one is asked for."""
@@ -175,7 +176,8 @@ class RequestMetrics:
     async def observed_run(self, events: AsyncIterator[AgentEvent]) -> AsyncIterator[AgentEvent]:
         """As `observed`, of an agent's run: its tokens count when their step has ended.
 
-        The time to the first token is the run's, and there is none between tokens.
+        The time to the first token is the run's, and there is none between tokens. A run that
+        failed after its beginning has the status 200 and an error.
         """
         began, first = time.perf_counter(), False
         metrics = self._metrics
@@ -188,10 +190,12 @@ class RequestMetrics:
                 metrics.output_tokens.inc(event.usage.completion_tokens)
                 metrics.input_length.observe(event.usage.prompt_tokens)
                 metrics.cached_tokens.observe(event.usage.cached_tokens)
+            elif isinstance(event, RunEnded) and event.error is not None:
+                self._run_failed = event.error.kind
             yield event
 
     def end(self, status: int, error_kind: str | None = None) -> None:
         self._metrics.in_flight -= 1
-        self._metrics.count(self._endpoint, status, error_kind)
+        self._metrics.count(self._endpoint, status, error_kind or self._run_failed)
         if self._tokens:
             self._metrics.output_length.observe(self._tokens)

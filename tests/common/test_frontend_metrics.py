@@ -3,7 +3,8 @@
 from collections.abc import AsyncIterator
 
 from common.frontend_metrics import FrontendMetrics, RequestMetrics
-from common.protocol import PipelineError, TextOutput, Usage
+from common.protocol import ErrorInfo, PipelineError, TextOutput, Usage
+from common.protocol_agent import AgentEvent, RunEnded, StepEnded, StepStarted, TextDelta
 
 import pytest
 from dynamo.prometheus_names import frontend_service, name_prefix
@@ -97,6 +98,35 @@ async def test_tokens_of_failed_requests_count(clock: Clock) -> None:
     assert found["requests_total{chat,499}"] == 1
     assert found["errors_total{cancelled}"] == 1
     assert found["input_sequence_tokens_count{}"] == 0
+
+
+async def test_an_agents_run_counts_its_steps() -> None:
+    """One that fails in the end has been answered, but is an error."""
+    failed = ErrorInfo("overloaded", "full")
+    events: list[AgentEvent] = [
+        StepStarted(1, 1),
+        TextDelta(0, "a"),
+        StepEnded(1, Usage(10, 3, 4), 1.0),
+        StepStarted(2, 2),
+        StepEnded(2, Usage(20, 4, 16), 1.0),
+        RunEnded("failed", Usage(30, 7, 20), error=failed),
+    ]
+
+    async def run() -> AsyncIterator[AgentEvent]:
+        for event in events:
+            yield event
+
+    metrics = FrontendMetrics()
+    measured = metrics.start("responses", 1)
+    assert [event async for event in measured.observed_run(run())] == events
+    measured.end(200)
+    found = samples(metrics)
+    assert found["output_tokens_total{}"] == 7
+    assert found["time_to_first_token_seconds_count{}"] == 1
+    assert found["input_sequence_tokens_count{}"] == 2
+    assert found["cached_tokens_sum{}"] == 20
+    assert found["requests_total{responses,200}"] == 1
+    assert found["errors_total{overloaded}"] == 1
 
 
 def test_the_limit_of_requests_in_flight() -> None:
