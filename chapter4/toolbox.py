@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from chapter4.documents import Documents
 from chapter4.http_get import AllowedHost, http_get_tool
 from chapter4.mcp_target import McpTarget
 from chapter4.tools import Tool, function_tool
+from common.errors import ComponentError
 from common.protocol import PipelineError
 from common.protocol_agent import ToolSet
 
@@ -102,13 +103,17 @@ def _mcp_target(text: str) -> McpTarget:
 
 
 @asynccontextmanager
-async def open_toolbox(args: argparse.Namespace) -> AsyncIterator[Toolbox]:
-    """The tools that `add_tool_arguments` asks for; MCP servers end with the block.
+async def open_toolbox(
+    args: argparse.Namespace, more: Sequence[Tool] = ()
+) -> AsyncIterator[Toolbox]:
+    """The tools that `add_tool_arguments` asks for, and `more` of our own.
+
+    MCP servers that were started end with the block.
 
     Raises:
-        ConnectionError: an MCP server cannot be started or reached, or has no tools: says why.
+        ComponentError: an MCP server cannot be started or reached, or has no tools: says why.
     """
-    sets = {BUILTIN: builtin_tools(args)}
+    sets = {BUILTIN: [*builtin_tools(args), *more]}
     async with AsyncExitStack() as stack:
         if args.mcp:
             sets |= await stack.enter_async_context(_mcp_sets(args.mcp))
@@ -123,10 +128,13 @@ async def _mcp_sets(targets: list[McpTarget]) -> AsyncIterator[dict[str, list[To
     async with AsyncExitStack() as stack:
         for target in targets:
             if target.label in sets:
-                raise ConnectionError(f"two MCP servers have the label {target.label}")
+                raise ComponentError(f"two MCP servers have the label {target.label}")
             server = McpServer(target)
             stack.push_async_callback(server.close)
-            sets[target.label] = await server.tools()
+            try:
+                sets[target.label] = await server.tools()
+            except ConnectionError as error:
+                raise ComponentError(str(error)) from error
         yield sets
 
 

@@ -17,6 +17,7 @@ from chapter4 import mcp_http, mcp_tools
 from chapter4.mcp_target import McpTarget
 from chapter4.toolbox import add_tool_arguments, open_toolbox
 from chapter4.tools import Tool
+from common.errors import ComponentError
 from common.protocol_agent import ToolSet
 from launch.children import Children
 from launch.ports import free_port
@@ -206,7 +207,7 @@ async def test_a_server_that_does_not_serve_is_named(
 ) -> None:
     if "silent" in target:
         monkeypatch.setattr(mcp_tools, "CONNECT_TIMEOUT_S", 0.5)
-    with pytest.raises(ConnectionError, match=f"MCP server test: .*{reason}"):
+    with pytest.raises(ComponentError, match=f"MCP server test: .*{reason}"):
         async with connected(target):
             raise AssertionError
 
