@@ -1,7 +1,8 @@
 """OpenAI's API as the frontend needs it: requests in, responses and SSE frames out.
 
-`openai_requests` says what is accepted, `openai_responses` and `openai_stream` what is
-answered, `openai_errors` how a failure looks, `openai_docs` what the OpenAPI document says.
+`openai_requests` and `openai_tools` say what is accepted, `openai_responses` and `openai_stream`
+what is answered, `openai_errors` how a failure looks, `openai_docs` what the OpenAPI document says.
+What an agent answers, POST /v1/responses, is in the files `openai_response_*`.
 """
 
 from common.openai_docs import (

@@ -31,6 +31,7 @@ SCRIPT = [
         CALL % ("Weather", '{"city": "Paris"}') + CALL % ("Weather", '{"city": "Rome"}'),
     ),
     (r"Sleep", CALL % ("python", '{"code": "import time; time.sleep(300)"}')),
+    (r"Which city", '{"city": "Paris"}'),
     (r"Hello", "Hello, you."),
 ]
 BUILTIN: Any = {
@@ -200,6 +201,16 @@ async def test_a_function_of_the_caller(api: openai.AsyncOpenAI) -> None:
     history: Any = [{"role": "user", "content": "What is the weather?"}, *first.output, output]
     same = await api.responses.create(model=MODEL, input=history, tools=tools, store=False)
     assert same.output_text == "Sunny, 18 degrees."
+
+
+async def test_answers_of_a_form_are_parsed(api: openai.AsyncOpenAI) -> None:
+    answer = await api.responses.parse(model=MODEL, input="Which city?", text_format=Weather)
+    check(answer)
+    assert answer.output_parsed == Weather(city="Paris")
+    async with api.responses.stream(
+        model=MODEL, input="Which city?", text_format=Weather
+    ) as stream:
+        assert (await stream.get_final_response()).output_parsed == Weather(city="Paris")
 
 
 async def test_a_run_that_cannot_begin_is_a_status(api: openai.AsyncOpenAI) -> None:

@@ -90,6 +90,18 @@ def test_calls_are_parsed_and_can_be_sent_back() -> None:
     assert [call.arguments for call in second.messages[1].tool_calls] == ['{"city":"Paris"}', "{}"]
 
 
+def test_the_helpers_under_their_old_name() -> None:
+    with Server(CALLS).api as api:
+        helpers = api.beta.chat.completions
+        answers = [helpers.parse(model="m", messages=MESSAGES, tools=TOOLS)]
+        with helpers.stream(model="m", messages=MESSAGES, tools=TOOLS) as stream:
+            answers.append(stream.get_final_completion())
+    for answer in answers:
+        calls = answer.choices[0].message.tool_calls
+        assert calls is not None
+        assert calls[0].function.parsed_arguments == Weather(city="Paris")
+
+
 def test_streamed_calls_are_put_together() -> None:
     with Server(CALLS).api as api:
         chunks = list(
