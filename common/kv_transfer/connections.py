@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from common.kv_transfer.errors import KvTransferError
 
@@ -100,7 +101,7 @@ class Connections:
             done = True
         finally:
             self._used.discard(connection)
-            if done:
+            if done and not connection.lost.done():
                 connection.idle_since = time.monotonic()
                 self._idle.append(connection)
             else:
@@ -116,7 +117,16 @@ class Connections:
             elif found is None and connection.address == address:
                 self._idle.remove(connection)
                 found = connection
-        return found or Connection(self._context, address)
+        if found is None:
+            found = Connection(self._context, address)
+            found.lost.add_done_callback(partial(self._forget, found))
+        return found
+
+    def _forget(self, connection: Connection, lost: "asyncio.Task[None]") -> None:
+        """ZMQ would go on trying to reach a peer that is gone, with no fetch to notice."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+            connection.close()
 
     def close(self) -> None:
         """Close all; what is going on in one fails."""

@@ -224,6 +224,16 @@ async def test_a_lender_that_goes_away_is_noticed_at_once(
             await borrowing.borrower.fetch(descriptor, 0)
 
 
+async def test_the_connection_to_a_lender_that_is_gone_is_closed_without_another_fetch(
+    start: StartTransfer, borrowing: KvTransfer
+) -> None:
+    connections = borrowing.borrower._connections
+    async with start() as lending:
+        await borrowing.borrower.fetch(lend(lending, 10), 0)
+        assert len(connections._idle) == 1
+    await eventually(lambda: not connections._idle)
+
+
 async def test_a_lender_that_closes_fails_what_is_going_on(start: StartTransfer) -> None:
     async with fake_lender([]) as address, start() as lending:
         descriptor = lend(lending, 10)
