@@ -21,6 +21,7 @@ from pydantic import Field
 
 MAX_BYTES = 2**20
 MAX_REDIRECTS = 5
+MAX_ADDRESSES = 4  # of a host; the first one that can be reached is asked
 TIMEOUT_S = 15.0
 TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
 _PORTS = {"http": 80, "https": 443}
@@ -78,8 +79,7 @@ async def _get(text: str, allowed: Collection[AllowedHost]) -> str:
     async with httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
         url = httpx.URL(text)
         for _ in range(MAX_REDIRECTS + 1):
-            request = await _request(client, url, allowed)
-            response = await client.send(request, stream=True)
+            response = await _ask(client, url, await _addresses(url, allowed))
             try:
                 if not response.has_redirect_location:
                     return await _text(response)
@@ -89,13 +89,11 @@ async def _get(text: str, allowed: Collection[AllowedHost]) -> str:
         raise ToolError(f"more than {MAX_REDIRECTS} redirects")
 
 
-async def _request(
-    client: httpx.AsyncClient, url: httpx.URL, allowed: Collection[AllowedHost]
-) -> httpx.Request:
-    """A request to an address that the URL's host may have.
+async def _addresses(url: httpx.URL, allowed: Collection[AllowedHost]) -> list[str]:
+    """The addresses that the URL's host has; all of them may be asked.
 
     Raises:
-        ToolError: the URL, its host or its address is not allowed.
+        ToolError: the URL, its host or one of its addresses is not allowed.
     """
     if url.scheme not in _PORTS or url.userinfo or not url.host:
         raise ToolError("the URL must be http://HOST/… or https://HOST/…, without a password")
@@ -108,14 +106,25 @@ async def _request(
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ToolError(f"{host} is not known: {error.strerror}", transient=True) from error
-    address = str(found[0][4][0])
-    if not with_port and not _is_public(address):
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    if not with_port and not all(map(_is_public, addresses)):
         raise ToolError(f"{host} is in a private network; it is allowed with its port alone")
+    return addresses[:MAX_ADDRESSES]
+
+
+async def _ask(client: httpx.AsyncClient, url: httpx.URL, addresses: list[str]) -> httpx.Response:
+    """The answer of the first address that can be reached."""
     headers = {"host": url.netloc.decode(), "accept-encoding": "identity"}
-    extensions = {"sni_hostname": host}
-    return client.build_request(
-        "GET", url.copy_with(host=address), headers=headers, extensions=extensions
-    )
+    extensions = {"sni_hostname": _plain(url.host)}  # whose certificate it must be
+    for left, address in enumerate(addresses, start=1 - len(addresses)):
+        there = url.copy_with(host=address)
+        request = client.build_request("GET", there, headers=headers, extensions=extensions)
+        try:
+            return await client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            if not left:
+                raise
+    raise ToolError(f"{url.host} has no address")
 
 
 async def _text(response: httpx.Response) -> str:

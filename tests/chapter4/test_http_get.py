@@ -154,13 +154,13 @@ async def test_other_urls_are_refused(port: int, url: str, reason: str) -> None:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """What names mean, one address for each time that somebody asks."""
+    """What names mean: one text for each time that somebody asks, of addresses."""
     addresses: dict[str, list[str]] = {}
     real = socket.getaddrinfo
 
     def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
-        known = addresses.get(host)
-        return real(known.pop(0) if known else host, *arguments, **options)
+        meant = addresses[host].pop(0) if addresses.get(host) else host
+        return [found for one in meant.split() for found in real(one, *arguments, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     return addresses
@@ -190,6 +190,20 @@ async def test_the_address_is_the_one_that_was_looked_at(
     result = await get(f"http://good.example:{port}/hello", f"good.example:{port}")
     assert result.output == "h\u00e9llo"
     assert Pages.requests == [("/hello", f"good.example:{port}")]
+
+
+async def test_one_private_address_among_others_is_enough(names: dict[str, list[str]]) -> None:
+    names["good.example"] = ["203.0.113.7 10.0.0.1"]
+    result = await get("http://good.example/", "good.example")
+    assert "private network" in str(result.error)
+
+
+async def test_the_next_address_is_asked_if_one_cannot_be_reached(
+    names: dict[str, list[str]], port: int
+) -> None:
+    names["good.example"] = ["::1 127.0.0.1"]  # nobody listens at the first one
+    result = await get(f"http://good.example:{port}/hello", f"good.example:{port}")
+    assert result.output == "h\u00e9llo"
 
 
 async def test_what_is_no_text_is_refused(port: int) -> None:
