@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from common.protocol import SamplingParams, TextOutput, to_wire
+from common.protocol import EngineOutput, GenerateRequest, SamplingParams, TextOutput, to_wire
 from common.protocol_routing import RoutedProcessRequest, RoutedWorkerState, RoutingHints
 from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, engine_settings, eventually
@@ -51,9 +51,15 @@ class Asking:
         return all(known.get(each) == blocks for each in asked)
 
     async def fill_caches(self) -> None:
-        """More than both engines have room for."""
-        for number in range(12):
-            await self.ask(list(range(2000 + 300 * number, 2290 + 300 * number)))
+        """Send each engine, past the router, more than it has room for."""
+        path = f"{self._namespace}.engine.generate"
+        sampling = SamplingParams(max_tokens=1)
+        for instance in await self._caller.instances(path):
+            for number in range(6):
+                prompt = list(range(2000 + 300 * number, 2290 + 300 * number))
+                request = to_wire(GenerateRequest(prompt, sampling))
+                *_, last = await self._caller.call(path, request, EngineOutput, instance)
+                assert last.finish_reason == "length"
 
 
 @pytest.mark.parametrize("says_so", [True, False])
