@@ -93,8 +93,8 @@ class ToolCalling:
         if self._name is None:
             self._prefill = self._format.prefill
             return ForcedCalls({tool.name: {} for tool in self._tools})
-        prefill = self._format.named_prefill.replace("PLAIN_NAME", self._name)
-        self._prefill = prefill.replace("NAME", json.dumps(self._name))
+        written = {"name": self._name, "json": json.dumps(self._name)}
+        self._prefill = self._format.named_prefill % written
         return NamedCall(self._name)
 
     def sampling(self, room: int) -> SamplingParams:

@@ -44,7 +44,7 @@ class ToolFormat:
 
     `opens` are what calls begin with; `bare`: one may also begin the message, with `{`. `marks` are
     control tokens in calls, if the model has them. Forced calls are made to follow `prefill`, or
-    `named_prefill` and the tool's name, and have their arguments under `arguments_key`; `array`:
+    `named_prefill` with the tool's name, and have their arguments under `arguments_key`; `array`:
     the model's calls are an array. `ids_of_nine`: the template takes no other ids than of nine
     letters and digits. `separators` stand between calls.
     """
@@ -192,7 +192,7 @@ HERMES = ToolFormat(
     _parse_hermes,
     ("<tool_call>",),
     prefill="<tool_call>\n",
-    named_prefill='<tool_call>\n{"name": NAME, "arguments": ',
+    named_prefill='<tool_call>\n{"name": %(json)s, "arguments": ',
     marks=("<tool_call>", "</tool_call>"),
 )
 # What a grammar of JSON can force is not this format; Qwen knows the other one, too.
@@ -201,7 +201,7 @@ QWEN_XML = ToolFormat(
     _parse_hermes,
     ("<tool_call>", "<function="),
     prefill="<tool_call>\n",
-    named_prefill='<tool_call>\n{"name": NAME, "arguments": ',
+    named_prefill='<tool_call>\n{"name": %(json)s, "arguments": ',
     marks=("<tool_call>", "</tool_call>"),
 )
 LLAMA = ToolFormat(
@@ -209,7 +209,7 @@ LLAMA = ToolFormat(
     _parse_llama,
     ("<|python_tag|>",),
     prefill="",
-    named_prefill='{"name": NAME, "parameters": ',
+    named_prefill='{"name": %(json)s, "parameters": ',
     marks=("<|python_tag|>",),
     arguments_key="parameters",
     bare=True,
@@ -220,7 +220,7 @@ MISTRAL = ToolFormat(
     _parse_mistral,
     ("[TOOL_CALLS]",),
     prefill="[TOOL_CALLS]",
-    named_prefill='[TOOL_CALLS][{"name": NAME, "arguments": ',
+    named_prefill='[TOOL_CALLS][{"name": %(json)s, "arguments": ',
     marks=("[TOOL_CALLS]",),
     array=True,
     ids_of_nine=True,
@@ -230,7 +230,7 @@ MISTRAL_ARGS = ToolFormat(
     _parse_mistral,
     ("[TOOL_CALLS]",),
     prefill="[TOOL_CALLS]",
-    named_prefill="[TOOL_CALLS]PLAIN_NAME[ARGS]",
+    named_prefill="[TOOL_CALLS]%(name)s[ARGS]",
     marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     array=True,
     ids_of_nine=True,

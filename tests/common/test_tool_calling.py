@@ -158,6 +158,27 @@ def test_a_forced_call_is_begun_in_the_prompt() -> None:
     assert prompt_of(SMOLLM2, **one).endswith('"arguments": ')
 
 
+@pytest.mark.parametrize(
+    ("mark", "named", "required"),
+    [
+        ("<tool_call>", '<tool_call>\n{"name": "SET_NAME", "arguments": ', "<tool_call>\n"),
+        ("<function=", '<tool_call>\n{"name": "SET_NAME", "arguments": ', "<tool_call>\n"),
+        ("<|python_tag|>", '{"name": "SET_NAME", "parameters": ', ""),
+        ("[TOOL_CALLS]", '[TOOL_CALLS][{"name": "SET_NAME", "arguments": ', "[TOOL_CALLS]"),
+        ("[TOOL_CALLS][ARGS]", "[TOOL_CALLS]SET_NAME[ARGS]", "[TOOL_CALLS]"),
+    ],
+)
+def test_a_forced_call_begins_as_the_family_writes_it(mark: str, named: str, required: str) -> None:
+    model = model_with("{# " + mark + " #}{{ tools | length }}>")
+    tools = [FunctionTool("SET_NAME"), CLOCK]
+    choice = ToolChoice("required", "SET_NAME")
+    assert prompt_of(model, tools=tools, tool_choice=choice) == "2>" + named
+    assert prompt_of(model, tools=tools, tool_choice=REQUIRED) == "2>" + required
+    calling = ToolCalling(model, request(tools=tools, tool_choice=REQUIRED))
+    key = "parameters" if "python_tag" in mark else "arguments"
+    assert f'"required":["name","{key}"]' in (calling.sampling(500).json_schema or "")
+
+
 def test_a_call_that_was_made_reads_as_it_was_forced() -> None:
     """So that the engine has its KV when the conversation goes on."""
     forced = prompt_of(SMOLLM2, USER, tool_choice=NAMED) + '{"city": "Rome"}'
