@@ -130,7 +130,6 @@ NO_CALLS: list[tuple[ToolFormat, str]] = [
     (HERMES, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
     (HERMES, '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>'),
     (HERMES, '<tool_call>{"arguments": {}}</tool_call>'),
-    (HERMES, '<tool_call>{"name": "f", "arguments": ' + '{"s": ' * 1200 + "1" + "}" * 1201),
     (HERMES, "<tool_call>f(1)</tool_call>"),
     (HERMES, "<tool_call>"),
     (HERMES, "<tool_cal"),
@@ -182,6 +181,12 @@ def test_what_is_no_call_is_text_to_the_last_character(format_: ToolFormat, text
     assert read(format_, list(text))[:2] == (text, [])
     for cut in range(1, min(len(text), 300)):
         assert read(format_, [text[:cut], text[cut:]])[:2] == (text, []), text[:cut]
+
+
+def test_a_call_that_is_nested_too_deep_is_text() -> None:
+    text = '<tool_call>{"name": "f", "arguments": ' + '{"s": ' * 1200 + "1" + "}" * 1201
+    assert read(HERMES, [text])[:2] == (text, [])
+    assert read(HERMES, [text[:5000], text[5000:]])[:2] == (text, [])
 
 
 def test_a_call_after_a_code_block_counts() -> None:
