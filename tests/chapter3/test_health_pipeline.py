@@ -27,10 +27,13 @@ async def ask_some(client: httpx.AsyncClient, text: str, count: int = 6) -> Coun
 
 
 async def test_a_stopped_engine_loses_its_traffic_and_gets_it_back(
-    start_pipeline: StartPipeline, router_of: RouterOf
+    start_pipeline: StartPipeline, router_of: RouterOf, servers: dict[str, str]
 ) -> None:
+    environment = {**servers, "ETCD_LEASE_TTL": "60"}  # it must not lose its lease meanwhile
     async with (
-        start_pipeline(chapter="chapter3", engines=2, arguments={"router": POLICY}) as running,
+        start_pipeline(
+            chapter="chapter3", engines=2, arguments={"router": POLICY}, environment=environment
+        ) as running,
         http_client(running.url) as client,
     ):
         router = router_of(running)

@@ -41,7 +41,7 @@ async def wait_for_both(router: Router, engines: int) -> list[int]:
 
 
 async def test_two_routers_are_of_one_mind_and_either_may_go(
-    start_pipeline: StartPipeline, router_of: RouterOf
+    start_pipeline: StartPipeline, router_of: RouterOf, servers: dict[str, str]
 ) -> None:
     others = ["router0", "processor", "frontend", *(f"engine{n}" for n in range(4))]
     async with (
@@ -51,6 +51,7 @@ async def test_two_routers_are_of_one_mind_and_either_may_go(
             routers=2,
             start=others,
             arguments={"engine": engine_settings(decode_base_ms=20)},
+            environment={**servers, "ETCD_LEASE_TTL": "60"},  # who is stopped is not to lose it
         ) as running,
         http_client(running.url) as client,
     ):
