@@ -15,6 +15,8 @@ from typing import Any
 from chapter4.agent_loop import Run
 from chapter4.agent_model import Model
 from chapter4.agent_tools import own_tools
+from chapter4.notes import note_tools, open_notes
+from chapter4.session_settings import add_session_arguments, session_settings
 from chapter4.sessions import open_sessions
 from chapter4.tool_times import ToolTimes
 from chapter4.toolbox import add_tool_arguments, open_toolbox
@@ -73,7 +75,12 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
         return answer
 
-    async with open_toolbox(args) as toolbox, open_sessions(args.namespace) as sessions:
+    settings = session_settings(args)
+    async with (
+        open_notes(args.namespace, settings) as notes,
+        open_toolbox(args, note_tools(notes)) as toolbox,
+        open_sessions(args.namespace, settings) as sessions,
+    ):
         await life.serve(
             runtime,
             {
@@ -97,6 +104,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_common_arguments(parser)
     add_tool_arguments(parser)
+    add_session_arguments(parser)
     return parser.parse_args()
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from chapter4.agent_calls import run_calls
-from chapter4.agent_model import Model, TokenEstimate
+from chapter4.agent_model import Model
 from chapter4.agent_step import Step
 from chapter4.history import fit, messages_of
 from chapter4.run_tool import ToolResult, run_tool
@@ -63,7 +63,6 @@ class Run:
     items: list[Item] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
     _calls: int = 0
-    _estimate: TokenEstimate = field(default_factory=TokenEstimate)
 
     async def events(self) -> AsyncGenerator[AgentEvent, None]:
         """All that happens; the last event is `RunEnded`.
@@ -163,7 +162,7 @@ class Run:
                     for event in step.push(output):
                         yield event
                     if (usage := output.usage) is not None:
-                        self._estimate.learn(wanted.messages or [], usage.prompt_tokens)
+                        self.model.estimate.learn(wanted.messages or [], usage.prompt_tokens)
                         self._add(usage)
                         finish, worker = output.finish_reason, output.worker_id
                         yield StepEnded(number, usage, ttft_ms, worker, finish)
@@ -172,7 +171,7 @@ class Run:
                 too_long = error.info.kind == "invalid_request" and error.info.param == "token_ids"
                 if not too_long or attempt == MAX_REFITS:
                     raise
-                self._estimate.too_low()
+                self.model.estimate.too_low()
 
     def _kept(self, window: int) -> list[Item]:
         """What of all that was said the model is shown."""
@@ -181,7 +180,7 @@ class Run:
             rules.append(MessageItem("system", self.request.instructions))
         new = [*self.request.input, *self.items]
         past = [*rules, *self.history]
-        return fit(past, new, window_tokens=window, count=self._estimate.count)
+        return fit(past, new, window_tokens=window, count=self.model.estimate.count)
 
     def _wanted(self, kept: list[Item], number: int, choice: ToolChoice) -> ToolProcessRequest:
         request = self.request

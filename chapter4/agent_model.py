@@ -21,6 +21,7 @@ from dynamo.runtime import Client, Context
 
 TOKENS_A_CHARACTER = 0.4  # more than English has: rather leave out a turn than be refused
 MARGIN = 1.05
+MOST_TOO_HIGH = 1.25
 
 
 class Model:
@@ -29,6 +30,7 @@ class Model:
     def __init__(self, processor: Client, processor_info: Client) -> None:
         self._processor = processor
         self._info = processor_info
+        self.estimate = TokenEstimate()
         self._context_length: int | None = None
 
     async def context_length(self) -> int:
@@ -92,7 +94,11 @@ class Model:
 
 
 class TokenEstimate:
-    """How many tokens messages have, by what the last prompt of this run had."""
+    """How many tokens messages have, by what prompts had before; never too low on purpose.
+
+    It moves seldom: what is cut from a conversation depends on it, and a prompt that is cut in
+    another place has another prefix.
+    """
 
     def __init__(self) -> None:
         self._ratio = TOKENS_A_CHARACTER
@@ -101,7 +107,9 @@ class TokenEstimate:
         return round(_characters(messages) * self._ratio)
 
     def learn(self, messages: list[ChatMessage], tokens: int) -> None:
-        self._ratio = tokens / _characters(messages) * MARGIN
+        ratio = tokens / _characters(messages) * MARGIN
+        if not ratio <= self._ratio <= MOST_TOO_HIGH * ratio:
+            self._ratio = ratio * MARGIN
 
     def too_low(self) -> None:
         """The prompt did not fit."""

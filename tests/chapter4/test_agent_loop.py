@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from chapter4.agent_loop import OwnTool, Run
-from chapter4.agent_model import Model
+from chapter4.agent_model import Model, TokenEstimate
 from chapter4.tool_times import ToolTimes
 from chapter4.tools import ToolError, function_tool
-from common.protocol import AnswerReason, PipelineError, SamplingParams, TextOutput, Usage
+from common.protocol import (
+    AnswerReason,
+    ChatMessage,
+    PipelineError,
+    SamplingParams,
+    TextOutput,
+    Usage,
+)
 from common.protocol_agent import (
     AgentEvent,
     AgentRequest,
@@ -42,7 +49,7 @@ class ScriptedModel:
 
     answers: list[Answer]
     asked: list[ToolProcessRequest] = field(default_factory=list)
-    during: Callable[[int], None] = lambda number: None
+    estimate: TokenEstimate = field(default_factory=TokenEstimate)
 
     async def context_length(self) -> int:
         return 2048
@@ -55,7 +62,6 @@ class ScriptedModel:
         if isinstance(answer, PipelineError):
             raise answer
         for output in answer:
-            self.during(number)
             yield output
 
 
@@ -345,3 +351,16 @@ async def test_other_refusals_end_the_run() -> None:
     run, _ = make_run([PipelineError("invalid_request", "no", "temperature")])
     with pytest.raises(PipelineError, match="no"):
         await all_events(run)
+
+
+def test_the_estimate_of_tokens_moves_seldom_and_never_down_to_too_few() -> None:
+    messages = [ChatMessage("user", "word " * 200)]
+    estimate = TokenEstimate()
+    estimate.learn(messages, 200)
+    first = estimate.count(messages)
+    assert first >= 200
+    for tokens in (190, 205, 200, 180):
+        estimate.learn(messages, tokens)
+        assert estimate.count(messages) == first
+    estimate.learn(messages, 400)
+    assert estimate.count(messages) >= 400
