@@ -36,6 +36,7 @@ SEED = 1
 STREAMS = 2
 MAX_TOKENS = 400
 READY_S = 120.0
+PATIENT = {"router": ["--queue-timeout", "600"]}  # the share is measured, not the speed
 QUESTION = "Please do what is needed for my order of two tickets tomorrow."
 FORCED = ("named", "required", "parallel")
 
@@ -167,7 +168,7 @@ async def processor_client() -> AsyncIterator[Client]:
         os.environ.update(environment)
         options = Options(NAMESPACE, engines=1, port=free_port())
         chapter = await stack.enter_async_context(
-            pipeline(children, environment, "chapter4", options)
+            pipeline(children, environment, "chapter4", options, arguments=PATIENT)
         )
         await asyncio.wait_for(chapter.wait_ready(), READY_S)
         runtime = DistributedRuntime(asyncio.get_running_loop(), "etcd", "nats")
