@@ -42,7 +42,7 @@ CONTENDERS = "earliest_start,agent"
 BAR_TIME, BAR_SHARE = 0.85, 0.95
 
 # An engine of one thread computes about 150 prompt tokens a second, and fewer beside another one.
-REAL = Engines("llamacpp", 2, 1536, ("threads=1", "batch_threads=1", "max_running=2"))
+REAL = Engines("llamacpp", 2, 1408, ("threads=1", "batch_threads=1", "max_running=2"))
 FULL = Size(
     agents=4,
     tasks=1,
@@ -53,7 +53,7 @@ FULL = Size(
     said=12,
     returned=(12, 20),
     answer=24,
-    crowd_share=0.6,
+    crowd_share=0.65,
     crowd_prompt=(192, 320),
     crowd_answer=16,
     alone_s=12.0,

@@ -16,6 +16,8 @@ from common.kv import block_hashes
 from common.protocol_routing import AgentState, RoutingHints
 from common.text import TextModel
 
+TOGETHER = 8  # questions
+
 
 @dataclass(frozen=True)
 class Size:
@@ -121,11 +123,18 @@ def workload(text: TextModel, size: Size, seed: int, per_s: float) -> Workload:
 
 
 def crowd(text: TextModel, load: Workload) -> Iterator[Question]:
-    """Poisson arrivals without end."""
+    """Arrivals without end: at random, but `TOGETHER` of them always take the same time.
+
+    So the crowd of one seed is no larger than that of another.
+    """
     rng, size = random.Random(load.crowd_seed), load.size
-    while True:
-        prompt = prompt_of(text, rng, rng.randint(*size.crowd_prompt))
-        yield Question(rng.expovariate(load.crowd_per_s), prompt, size.crowd_answer)
+    last, window_s = 0.0, TOGETHER / load.crowd_per_s
+    for window in itertools.count():
+        for share in sorted(rng.random() for _ in range(TOGETHER)):
+            prompt = prompt_of(text, rng, rng.randint(*size.crowd_prompt))
+            at_s = (window + share) * window_s
+            yield Question(at_s - last, prompt, size.crowd_answer)
+            last = at_s
 
 
 def oracle_share(steps: Sequence[Step], block_size: int) -> float:

@@ -71,8 +71,18 @@ def test_all_agents_begin_alike_and_go_on_differently(text: TextModel) -> None:
 
 
 def test_the_crowd_is_as_large_as_the_engines_are_fast() -> None:
-    """Of 300 tokens a second, 0.6 are for prompts of 256 tokens."""
-    assert crowd_per_s(agent.FULL, 300.0) == pytest.approx(0.6 * 300 / 256)
+    """A share of 300 tokens a second is for prompts of 256 tokens."""
+    share = agent.FULL.crowd_share
+    assert crowd_per_s(agent.FULL, 300.0) == pytest.approx(share * 300 / 256)
+
+
+def test_all_seeds_have_as_large_a_crowd(text: TextModel) -> None:
+    for seed in (1, 2):
+        load = workload(text, agent.FULL, seed, 2.0)
+        questions = list(itertools.islice(crowd(text, load), 80))
+        times = list(itertools.accumulate(question.after_s for question in questions))
+        assert min(question.after_s for question in questions) >= 0
+        assert [int(at_s // 4.0) for at_s in times] == [number // 8 for number in range(80)]
 
 
 def test_half_of_the_caches_is_room_for_all_sessions_and_the_crowd_needs_the_rest() -> None:
