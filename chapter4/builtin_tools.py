@@ -5,7 +5,7 @@ from typing import Annotated
 
 from chapter4 import sandbox_policy
 from chapter4.documents import Documents
-from chapter4.sandbox import SandboxError, run_python
+from chapter4.sandbox import SandboxError, remove_left_folders, run_python
 from chapter4.tools import Tool, ToolError, function_tool
 
 from pydantic import Field
@@ -42,6 +42,7 @@ def document_tools(documents: Documents) -> list[Tool]:
 
 
 def python_tool() -> Tool:
+    remove_left_folders()
     at_once = asyncio.Semaphore(sandbox_policy.AT_ONCE)
 
     async def python(

@@ -5,10 +5,15 @@ process ends, however it does, the kernel kills it; as it cannot start others, n
 """
 
 import asyncio
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +25,10 @@ _START = (
     "sys.path.pop(0); main(int(sys.argv[2]))"
 )
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+_PREFIX = "agent-python-"
+_LEFT_AFTER_S = 60.0
 
 
 class SandboxError(Exception):
@@ -43,7 +52,7 @@ async def run_python(code: str, *, wall_s: float = policy.WALL_S) -> Finished:
     if sys.platform != "linux":
         raise SandboxError(f"Python code runs in a sandbox of Linux; this is {sys.platform}")
     data = code.encode("utf-8", "replace")
-    with tempfile.TemporaryDirectory(prefix="agent-python-") as folder:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, _in_use(folder):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", "-c", _START),
             *(str(_ROOT), str(os.getpid())),
@@ -63,6 +72,26 @@ async def run_python(code: str, *, wall_s: float = policy.WALL_S) -> Finished:
         if problem is None and len(output) > policy.OUTPUT_BYTES:
             problem = f"printed more than {policy.OUTPUT_BYTES} bytes"
         return _finished(process.returncode or 0, output.decode("utf-8", "replace"), problem)
+
+
+def remove_left_folders() -> None:
+    """Remove the folders of agents that were killed, and could not do so themselves."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _in_use(str(path)):
+            about = path.stat()
+            if about.st_uid == os.getuid() and time.time() - about.st_mtime > _LEFT_AFTER_S:
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _in_use(folder: str) -> Iterator[None]:
+    """Hold the folder's lock; raises OSError if another process does."""
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(place)
 
 
 async def _talk(process: asyncio.subprocess.Process, code: bytes, output: bytearray) -> None:

@@ -552,6 +552,20 @@ def test_it_holds_without_any_privilege(python: str, user: int) -> None:
 # -- The tool. ------------------------------------------------------------------------------------
 
 
+async def test_folders_of_killed_agents_are_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of agents that run, and new ones, are not."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, used, new = (tmp_path / f"agent-python-{name}" for name in ("left", "used", "new"))
+    for folder in (left, used, new):
+        await asyncio.to_thread(folder.mkdir)
+        os.utime(folder, (0, 0) if folder != new else None)
+    with sandbox._in_use(str(used)):
+        python_tool()
+    assert sorted(os.listdir(tmp_path)) == [new.name, used.name]
+
+
 async def test_the_tool_tells_what_code_prints() -> None:
     tool = python_tool()
     assert (await call(tool, code="6 * 7")).output == "42\n"
