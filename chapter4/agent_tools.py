@@ -17,6 +17,8 @@ def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
     own: dict[str, OwnTool] = {}
     for toolset in request.toolsets:
         for tool in toolbox.tools(toolset):
+            if tool.name in own and own[tool.name].server == toolset.server:
+                continue  # `file_search` is one of `builtin`
             if tool.name in functions or tool.name in own:
                 other = own[tool.name].server if tool.name in own else "your functions"
                 message = f"{tool.name!r} is in {toolset.server} and in {other}; allow one of them."

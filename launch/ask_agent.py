@@ -108,7 +108,7 @@ def _call(item: dict[str, Any]) -> str:
         f"{name}={json.dumps(value, ensure_ascii=False)}"
         for name, value in json.loads(item["arguments"]).items()
     )
-    said = item["error"] if item.get("error") else item["output"]
+    said = item["error"]["content"] if item.get("error") else item["output"]
     said = " ".join(str(said).split())
     said = said if len(said) <= SHOWN else f"{said[:SHOWN]} …"
     return f"[{item['name']}({arguments}) -> {said}]\n"

@@ -15,7 +15,7 @@ def call(output: str | None, error: str | None = None) -> dict[str, Any]:
     item = {"type": "mcp_call", "name": "calculator", "arguments": '{"expression": "6*7"}'}
     return {
         "type": "response.output_item.done",
-        "item": {**item, "output": output, "error": error},
+        "item": {**item, "output": output, "error": error and {"content": error}},
     }
 
 

@@ -25,6 +25,8 @@ SCRIPT = [
     (r"(?s)Known so far.*It is 42.*Say it", "Forty-two."),
     (r"(?s)Double 21.*<tool_output>", "It is 42."),
     (r"Double 21", CALL % ("calculator", '{"expression": "2 * 21"}')),
+    (r"(?s)Divide.*by zero", "It cannot be done."),
+    (r"Divide", CALL % ("calculator", '{"expression": "1 / 0"}')),
     (r"(?s)Wait for ever.*<tool_output>", "It never said anything."),
     (r"Wait for ever", CALL % ("python", '{"code": "while True: pass"}')),
     (r"(?s)Say <b>hello.*</b>", "<b>Hello</b>"),
@@ -124,6 +126,15 @@ async def test_what_a_model_says_is_text_on_the_page(
         await page.fill("#plan", "")
         await page.click("#run")
         await page.get_by_text("<b>Hello</b>", exact=True).wait_for()
+
+
+async def test_the_page_shows_why_a_tool_failed(running: Pipeline, browser: pw.Browser) -> None:
+    async with opened(browser, f"{running.url}/agent") as page:
+        await page.fill("#task", "Divide.")
+        await page.fill("#plan", "")
+        await page.click("#run")
+        await page.get_by_text("It cannot be done.").wait_for()
+        assert "division by zero" in await page.locator(".output.failed").inner_text()
 
 
 async def test_a_refusal_is_shown(running: Pipeline, browser: pw.Browser) -> None:
