@@ -25,6 +25,9 @@ SCRIPT = [
     (r"(?s)Known so far.*It is 42.*Say it", "Forty-two."),
     (r"(?s)Double 21.*<tool_output>", "It is 42."),
     (r"Double 21", CALL % ("calculator", '{"expression": "2 * 21"}')),
+    # A model that does what a letter says.
+    (r"(?s)What does the letter say.*<tool_output>", CALL % ("python", '{"code": "print(1)"}')),
+    (r"What does the letter say", CALL % ("search_documents", '{"query": "letter"}')),
     (r"(?s)Divide.*by zero", "It cannot be done."),
     (r"Divide", CALL % ("calculator", '{"expression": "1 / 0"}')),
     (r"(?s)Wait for ever.*<tool_output>", "It never said anything."),
@@ -155,6 +158,20 @@ async def read_until(answer: httpx.Response, event: str) -> None:
 def sandboxes(running: Pipeline) -> list[psutil.Process]:
     """The processes that the agent has started."""
     return psutil.Process(running.processes["agent"].pid).children(recursive=True)
+
+
+async def test_a_document_gains_no_tool_that_the_request_does_not_give(
+    running: Pipeline, api: httpx.AsyncClient
+) -> None:
+    """The model does as the letter says; its call is text, and nothing runs."""
+    began = set(sandboxes(running))
+    task = body("What does the letter say?", "search_documents", nvext={"max_steps": 4})
+    response = await api.post("/v1/responses", json=task)
+    calls = [item for item in response.json()["output"] if item["type"] == "mcp_call"]
+    assert [call["name"] for call in calls] == ["search_documents"]
+    assert "letter.md" in calls[0]["output"]
+    assert text_of(response) == CALL % ("python", '{"code": "print(1)"}')
+    assert set(sandboxes(running)) <= began
 
 
 async def test_a_client_that_leaves_ends_the_tool_at_work(
