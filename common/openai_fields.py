@@ -70,7 +70,7 @@ def by_type(*kinds: str, default: str = "") -> Discriminator:
         return TAG + kind if isinstance(kind, str) and kind in kinds else None
 
     message = f"Unknown or not supported. Supported: {accepted}."
-    context = {"message": message, "path": ("type",)}
+    context: dict[str, Any] = {"message": message, "path": ("type",)}
     return Discriminator(
         tag,
         custom_error_type="bad_value",
