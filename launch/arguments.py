@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--engines",
         metavar="N",
         type=_positive,
-        help="number of engine processes (default: 1; chapter 2 has 2, chapter 3 has 4)",
+        help="number of engine processes (default: 1; chapters 2 and 4 have 2, chapter 3 has 4)",
     )
     parser.add_argument(
         "--real",
@@ -57,14 +57,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=_positive,
         default=Options.prefill,
         help="so many of the engines compute prompts for the others, which generate the answers "
-        "(chapter 3; default: each engine does both)",
+        "(chapters 3 and 4; default: each engine does both)",
     )
     parser.add_argument(
         "--routers",
         metavar="N",
         type=_positive,
         default=Options.routers,
-        help="number of routers, which know of each other's decisions (chapter 3; default: "
+        help="number of routers, which know of each other's decisions (chapters 3 and 4; default: "
         "%(default)s)",
     )
     parser.add_argument(
@@ -77,7 +77,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shadow",
         metavar="NAME",
-        help="a second policy for chapter 3's router, which only says what it would have chosen",
+        help="a second policy for the router of chapters 3 and 4, which only says what it would "
+        "have chosen",
     )
     parser.add_argument(
         "--port",
