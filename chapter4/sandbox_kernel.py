@@ -146,6 +146,10 @@ def _filter() -> bytes:
             program += [(EQUAL, 0, 1, number), allow]
     openat = [
         (LOAD, 0, 0, ARGUMENTS + 2 * 8),
+        (AND, 0, 0, policy.OPENAT_ACCESS_MASK),
+        (EQUAL, 0, 1, policy.OPENAT_REFUSED_ACCESS),
+        refuse,
+        (LOAD, 0, 0, ARGUMENTS + 2 * 8),
         (ANY_BIT, 2, 0, policy.OPENAT_REFUSED_FLAG),
         (AND, 0, 0, policy.OPENAT_MODE_MASK),
         (EQUAL, 0, 1, policy.OPENAT_REFUSED_MODE),

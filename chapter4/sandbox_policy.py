@@ -119,9 +119,11 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "getgid": (104, 176),
     "getegid": (108, 177),
 }
-# Two more depend on an argument. `openat`: not O_TMPFILE, a file without a name; and not O_TRUNC
-# without writing, as Landlock checks that from Linux 6.2 on only. `open` and `openat2` are missing.
+# Two more depend on an argument. `openat`: not the access mode 3, to which Landlock gives no right,
+# so it opens every file; not O_TMPFILE, a file without a name; and not O_TRUNC without writing, as
+# Landlock checks that from Linux 6.2 on only. `open` and `openat2` are missing.
 OPENAT = (257, 56)
+OPENAT_ACCESS_MASK, OPENAT_REFUSED_ACCESS = 0o3, 0o3  # O_ACCMODE
 OPENAT_REFUSED_FLAG = 0o20000000  # __O_TMPFILE
 OPENAT_MODE_MASK, OPENAT_REFUSED_MODE = 0o1003, 0o1000  # O_TRUNC | O_ACCMODE, O_TRUNC | O_RDONLY
 # `fcntl`: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. With F_SETOWN and F_SETSIG it could

@@ -112,6 +112,13 @@ async def test_nothing_else_is_read(path: str, outside: Path) -> None:
     assert finished.output.rstrip().splitlines()[-1].startswith((DENIED, "FileNotFoundError"))
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/etc/passwd", "own"])
+@pytest.mark.parametrize("flags", ["3", "3 | os.O_CREAT", "3 | os.O_NONBLOCK"])
+async def test_no_file_is_opened_for_neither_reading_nor_writing(path: str, flags: str) -> None:
+    """Landlock lets each file be opened in the access mode 3, which is for ioctl."""
+    await denied(f"import os\nopen('own', 'w').close()\nos.open({path!r}, {flags})")
+
+
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
     """A file that anybody might read and write, but for the sandbox."""
@@ -154,6 +161,8 @@ async def test_third_party_packages_are_not_read() -> None:
         "open({path!r}, 'a')",
         "open({path!r}, 'r+')",
         "os.open({path!r}, os.O_RDONLY | os.O_TRUNC)",
+        "os.open({path!r}, 3)",
+        "os.open({path!r}, 3 | os.O_TRUNC)",
         "os.truncate({path!r}, 0)",
         "os.remove({path!r})",
         "os.chmod({path!r}, 0)",
