@@ -8,8 +8,10 @@ Endpoints: `agent.run`; `agent.get_response`, `agent.delete_response` and
 """
 
 import argparse
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from chapter4.agent_loop import Run
@@ -30,6 +32,7 @@ from common.protocol_agent import (
     StoredResponse,
 )
 from common.telemetry import request_log
+from common.waiting import linked_child
 from common.worker import Lifecycle, add_common_arguments, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
@@ -48,15 +51,17 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         try:
             wanted = from_wire(request, AgentRequest)
             tools = own_tools(wanted, toolbox)
-            async with await sessions.begin(wanted) as session:
-                this_run = Run(
-                    wanted, session.history, tools, model, times, context, session.id, usage=usage
-                )
+            async with (
+                await sessions.begin(wanted) as session,
+                stopped_with(context, session.lost) as own,
+            ):
+                past = session.history
+                this_run = Run(wanted, past, tools, model, times, own, session.id, usage=usage)
                 async with aclosing(this_run.events()) as events:
                     async for event in events:
                         if isinstance(event, RunEnded):
                             log.info("%s: %s after %s", session.id, event.status, usage)
-                            if event.reason != "cancelled":  # else it has never been
+                            if not context.is_stopped():  # else it has never been
                                 await session.commit(this_run.items, event)
                         yield to_wire(event)
         except PipelineError as error:
@@ -96,6 +101,23 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 ),
             },
         )
+
+
+@asynccontextmanager
+async def stopped_with(parent: Context, lost: asyncio.Event) -> AsyncIterator[Context]:
+    """A context that is stopped with its parent, and when the session is lost to another run."""
+    async with linked_child(parent, parent.id() or uuid.uuid4().hex) as own:
+
+        async def stop() -> None:
+            await lost.wait()
+            own.stop_generating()
+
+        stopping = asyncio.ensure_future(stop())
+        try:
+            yield own
+        finally:
+            stopping.cancel()
+            await asyncio.gather(stopping, return_exceptions=True)
 
 
 def parse_args() -> argparse.Namespace:

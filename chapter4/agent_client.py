@@ -11,6 +11,7 @@ from common.protocol_agent import (
     AgentEvent,
     AgentRequest,
     RunEnded,
+    StepStarted,
     StoredOutput,
     StoredQuery,
     StoredResponse,
@@ -54,6 +55,7 @@ async def ask_agent(
     """
     last: RunEnded | None = None
     begun = False
+    held: list[AgentEvent] = []  # until it is known that the model takes the request
     wire = to_wire(request)
     try:
         async for item in dispatch(
@@ -62,8 +64,13 @@ async def ask_agent(
             event: AgentEvent = msgspec.convert(item, AgentEvent)
             if isinstance(event, RunEnded):
                 last = event
+            elif isinstance(event, StepStarted) and not begun:
+                held.append(event)
             else:
                 begun = True
+                for earlier in held:
+                    yield earlier
+                held.clear()
                 yield event
     except Exception as error:
         raise PipelineError.of(hop_error(error, "agent")) from error
@@ -73,6 +80,8 @@ async def ask_agent(
         last.error = client_error(names, last.error)
         if not begun:
             raise PipelineError.of(last.error)
+    for earlier in held:
+        yield earlier
     yield last
 
 

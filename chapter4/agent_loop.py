@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from chapter4.agent_calls import run_calls
-from chapter4.agent_model import Model
+from chapter4.agent_model import Model, TokenEstimate
 from chapter4.agent_step import Step
 from chapter4.history import fit, messages_of
 from chapter4.run_tool import ToolResult, run_tool
@@ -63,6 +64,7 @@ class Run:
     items: list[Item] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
     _calls: int = 0
+    _estimate: TokenEstimate = field(default_factory=TokenEstimate)
 
     async def events(self) -> AsyncGenerator[AgentEvent, None]:
         """All that happens; the last event is `RunEnded`.
@@ -79,25 +81,28 @@ class Run:
             servers = {name: own.server for name, own in self.tools.items()}
             step = Step(number, len(self.items), servers, draft=draft)
             finish: AnswerReason | None = None
-            async for event in self._ask(step, number, choice, deadline):
-                if isinstance(event, StepEnded):
-                    finish = event.finish_reason
-                yield event
+            async with aclosing(self._ask(step, number, choice, deadline)) as events:
+                async for event in events:
+                    if isinstance(event, StepEnded):
+                        finish = event.finish_reason
+                    yield event
+            made: dict[int, Item] = {}
             if (said := step.message()) is not None:
-                self.items.append(said.item)
+                made[said.index] = said.item
                 yield said
-            if (reason := self._over(deadline, finish)) is not None:
-                yield self._ended(reason)  # its calls, if any, may have been cut off
-                return
-            async for event in run_calls(
-                step.calls, self._run_tool(deadline), self._calls_left(), self.context
-            ):
-                if isinstance(event, ItemDone) and isinstance(event.item, ToolRunItem):
-                    self._calls += 1
-                    self.times.add(event.seconds)
-                yield event
-            self.items += step.calls.values()
-            if (reason := self._over(deadline, finish)) is not None:
+            if self._over(deadline, finish) is None:  # else calls may have been cut off
+                made |= step.calls
+                run = self._run_tool(deadline)
+                most = self._calls_left()
+                async with aclosing(run_calls(step.calls, run, most, self.context)) as events:
+                    async for event in events:
+                        if isinstance(event, ItemDone) and isinstance(event.item, ToolRunItem):
+                            self._calls += 1
+                            self.times.add(event.seconds)
+                        yield event
+            self.items += [made[index] for index in sorted(made)]
+            reason = self._over(deadline, finish, goes_on=draft or bool(step.calls))
+            if reason is not None:
                 yield self._ended(reason)
                 return
             if any(isinstance(call, FunctionCallItem) for call in step.calls.values()):
@@ -115,14 +120,16 @@ class Run:
             conversation=self.session,
         )
 
-    def _over(self, deadline: float, finish: AnswerReason | None) -> str | None:
+    def _over(
+        self, deadline: float, finish: AnswerReason | None, *, goes_on: bool = False
+    ) -> str | None:
         """Why the run cannot go on, if it cannot."""
         if self.context.is_stopped():
             return "cancelled"
         if time.monotonic() >= deadline:
             return "timeout"
         used_up = self.usage.completion_tokens >= self.request.budget.output_tokens
-        return "max_output_tokens" if finish == "length" or used_up else None
+        return "max_output_tokens" if finish == "length" or (used_up and goes_on) else None
 
     def _choice(self, number: int) -> ToolChoice:
         plan = self.request.plan
@@ -149,29 +156,32 @@ class Run:
     ) -> AsyncGenerator[AgentEvent, None]:
         """One answer of the model, with as much of the past as the context has room for."""
         window = round(await self.model.context_length() * (1 - ANSWER_SHARE))
+        own = (_function(own.tool) for own in self.tools.values())
+        tools = [*self.request.functions, *own]
         for attempt in range(MAX_REFITS + 1):
-            kept = self._kept(window)
-            wanted = self._wanted(kept, number, choice)
+            kept = self._kept(window - self._estimate.count_tools(tools))
+            wanted = self._wanted(kept, tools, number, choice)
             if attempt == 0:
                 yield StepStarted(number, len(kept))
             started, ttft_ms = time.perf_counter(), 0.0
             try:
-                async for output in self.model.answer(wanted, self.context, number, deadline):
-                    if output.tokens:
-                        ttft_ms = ttft_ms or (time.perf_counter() - started) * 1e3
-                    for event in step.push(output):
-                        yield event
-                    if (usage := output.usage) is not None:
-                        self.model.estimate.learn(wanted.messages or [], usage.prompt_tokens)
-                        self._add(usage)
-                        finish, worker = output.finish_reason, output.worker_id
-                        yield StepEnded(number, usage, ttft_ms, worker, finish)
+                answer = self.model.answer(wanted, self.context, number, deadline)
+                async with aclosing(answer) as outputs:
+                    async for output in outputs:
+                        if output.tokens:
+                            ttft_ms = ttft_ms or (time.perf_counter() - started) * 1e3
+                        for event in step.push(output):
+                            yield event
+                        if (usage := output.usage) is not None:
+                            self._add(usage)
+                            finish, worker = output.finish_reason, output.worker_id
+                            yield StepEnded(number, usage, ttft_ms, worker, finish)
                 return
             except PipelineError as error:
                 too_long = error.info.kind == "invalid_request" and error.info.param == "token_ids"
                 if not too_long or attempt == MAX_REFITS:
                     raise
-                self.model.estimate.too_low()
+                self._estimate.too_low()
 
     def _kept(self, window: int) -> list[Item]:
         """What of all that was said the model is shown."""
@@ -180,9 +190,11 @@ class Run:
             rules.append(MessageItem("system", self.request.instructions))
         new = [*self.request.input, *self.items]
         past = [*rules, *self.history]
-        return fit(past, new, window_tokens=window, count=self.model.estimate.count)
+        return fit(past, new, window_tokens=window, count=self._estimate.count)
 
-    def _wanted(self, kept: list[Item], number: int, choice: ToolChoice) -> ToolProcessRequest:
+    def _wanted(
+        self, kept: list[Item], tools: list[FunctionTool], number: int, choice: ToolChoice
+    ) -> ToolProcessRequest:
         request = self.request
         answers = choice == ANSWER
         state: AgentState = "answering"
@@ -191,7 +203,7 @@ class Run:
         left = request.budget.output_tokens - self.usage.completion_tokens
         return ToolProcessRequest(
             model=request.model,
-            messages=messages_of(kept, tools=bool(self.tools or request.functions)),
+            messages=messages_of(kept, tools=bool(tools)),
             sampling=replace(
                 request.sampling,
                 max_tokens=min(request.sampling.max_tokens or left, left),
@@ -204,7 +216,7 @@ class Run:
                 next_turn_s=None if answers else self.times.expected_s(),
                 step=number,
             ),
-            tools=[*request.functions, *(_function(own.tool) for own in self.tools.values())],
+            tools=tools,
             tool_choice=choice,
             parallel_tool_calls=request.parallel_tool_calls,
         )

@@ -15,13 +15,13 @@ from common.protocol import (
     to_wire,
 )
 from common.protocol_agent import ToolProcessRequest
+from common.protocol_tools import FunctionTool
 from common.waiting import linked_child
 
+import msgspec
 from dynamo.runtime import Client, Context
 
 TOKENS_A_CHARACTER = 0.4  # more than English has: rather leave out a turn than be refused
-MARGIN = 1.05
-MOST_TOO_HIGH = 1.25
 
 
 class Model:
@@ -30,7 +30,6 @@ class Model:
     def __init__(self, processor: Client, processor_info: Client) -> None:
         self._processor = processor
         self._info = processor_info
-        self.estimate = TokenEstimate()
         self._context_length: int | None = None
 
     async def context_length(self) -> int:
@@ -94,32 +93,26 @@ class Model:
 
 
 class TokenEstimate:
-    """How many tokens messages have, by what prompts had before; never too low on purpose.
+    """How many tokens messages have, without asking the processor.
 
-    It moves seldom: what is cut from a conversation depends on it, and a prompt that is cut in
-    another place has another prefix.
+    It does not learn from one prompt to the next: what is cut from a conversation depends on it,
+    and a prompt that is cut in another place has another prefix.
     """
 
     def __init__(self) -> None:
         self._ratio = TOKENS_A_CHARACTER
 
     def count(self, messages: list[ChatMessage]) -> int:
-        return round(_characters(messages) * self._ratio)
+        return round(sum(map(_characters, messages)) * self._ratio)
 
-    def learn(self, messages: list[ChatMessage], tokens: int) -> None:
-        ratio = tokens / _characters(messages) * MARGIN
-        if not ratio <= self._ratio <= MOST_TOO_HIGH * ratio:
-            self._ratio = ratio * MARGIN
+    def count_tools(self, tools: list[FunctionTool]) -> int:
+        return round(len(msgspec.json.encode(tools)) * self._ratio)
 
     def too_low(self) -> None:
-        """The prompt did not fit."""
+        """A prompt did not fit."""
         self._ratio *= 1.5
 
 
-def _characters(messages: list[ChatMessage]) -> int:
-    return sum(
-        16
-        + len(message.content)
-        + sum(32 + len(call.name) + len(call.arguments) for call in message.tool_calls)
-        for message in messages
-    )
+def _characters(message: ChatMessage) -> int:
+    calls = sum(32 + len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return 16 + len(message.content) + calls

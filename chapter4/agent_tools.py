@@ -11,7 +11,8 @@ def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
 
     Raises:
         PipelineError: kind `invalid_request`: a set or tool does not exist, two have one name,
-            or one is to be called that the request does not give.
+            one is to be called that the request does not give, or the budget has no room for
+            what is to be called.
     """
     functions = {function.name for function in request.functions}
     own: dict[str, OwnTool] = {}
@@ -33,9 +34,11 @@ def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
             raise PipelineError("invalid_request", message, param)
     if request.tool_choice.mode == "required" and not given:
         raise PipelineError("invalid_request", "'tool_choice': There is no tool.", "tool_choice")
-    if len(request.plan) >= request.budget.steps:
-        message = (
-            f"'tool_plan': {len(request.plan)} calls leave no step of the {{}} for the answer."
-        )
-        raise PipelineError("invalid_request", message.format(request.budget.steps), "tool_plan")
+    forced = len(request.plan) + (request.tool_choice.mode == "required")
+    if forced >= request.budget.steps:
+        message = f"'max_steps': {forced} forced calls and the answer take {forced + 1} steps."
+        raise PipelineError("invalid_request", message, "max_steps")
+    if forced > request.budget.tool_calls:
+        message = f"'max_tool_calls': {forced} calls are forced."
+        raise PipelineError("invalid_request", message, "max_tool_calls")
     return own

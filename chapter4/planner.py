@@ -10,15 +10,19 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from chapter4.agent_client import ask_agent
+from chapter4.item_messages import TOOL_OUTPUT_RULE, as_data
 from common.protocol import PipelineError, Usage, from_wire, to_wire
 from common.protocol_agent import (
     AgentEvent,
     AgentRequest,
+    Budget,
     CallDelta,
     ItemDone,
     MessageItem,
     RunEnded,
+    StepEnded,
     TextDelta,
+    ToolRunItem,
     ToolStarted,
 )
 from common.protocol_tools import ToolChoice
@@ -59,6 +63,9 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             if wanted.functions:
                 message = "The planner calls no functions of its caller; ask the agent."
                 raise PipelineError("invalid_request", message, "tools")
+            if wanted.conversation is not None:
+                message = "The planner's runs share no claim; go on with previous_response_id."
+                raise PipelineError("invalid_request", message, "conversation")
             async for event in planned(wanted, Parts(agent, wanted, total, context)):
                 yield to_wire(event)
         except PipelineError as error:
@@ -97,15 +104,20 @@ class Parts:
         self._agent = agent
         self._context = context
         self._deadline = time.monotonic() + request.budget.seconds
-        self._runs = 0
+        self._runs = self._steps = self._calls = 0
         self._told = 0  # output items of the runs before
 
     async def run(self, part: AgentRequest) -> AsyncGenerator[AgentEvent, None]:
         """All events but the last one, which is in `ended`; raises as `run_agent` does."""
         self.said, items, total = "", 0, self.ended.usage
         seconds = max(self._deadline - time.monotonic(), 0.0)
-        tokens = max(part.budget.output_tokens - total.completion_tokens, 1)
-        part = replace(part, budget=replace(part.budget, seconds=seconds, output_tokens=tokens))
+        left = Budget(
+            steps=max(part.budget.steps - self._steps, len(part.plan) + 2),
+            tool_calls=max(part.budget.tool_calls - self._calls, 0),
+            seconds=seconds,
+            output_tokens=max(part.budget.output_tokens - total.completion_tokens, 1),
+        )
+        part = replace(part, budget=left)
         self._runs += 1
         async with linked_child(self._context, f"{self._context.id()}-run{self._runs}") as context:
             async for event in ask_agent(self._agent, part, SameNames(), context):
@@ -118,8 +130,11 @@ class Parts:
                 if isinstance(event, TextDelta | CallDelta | ToolStarted | ItemDone):
                     items = max(items, event.index + 1)
                     event = replace(event, index=event.index + self._told)
+                self._steps += isinstance(event, StepEnded)
                 if isinstance(event, ItemDone) and isinstance(event.item, MessageItem):
                     self.said = event.item.content
+                elif isinstance(event, ItemDone) and isinstance(event.item, ToolRunItem):
+                    self._calls += 1
                 yield event
         self._told += items
 
@@ -148,13 +163,16 @@ def plan_request(request: AgentRequest) -> AgentRequest:
 
 def step_request(request: AgentRequest, step: str, results: list[str]) -> AgentRequest:
     """One step, by itself but for what the steps before it came to."""
-    known = [MessageItem("user", "Known so far:\n" + "\n".join(results))] if results else []
+    found = as_data("\n".join(results))  # what a document said may be in it
+    known = [MessageItem("user", f"Known so far:\n{found}")] if results else []
     return replace(
         request,
         response_id=f"{request.response_id}-{len(results) + 1}",
         input=[*known, MessageItem("user", step)],
         previous_response_id=None,
-        conversation=None,
+        instructions=with_rule(request.instructions),
+        tool_choice=ToolChoice() if results else request.tool_choice,
+        plan=[] if results else request.plan,
         sampling=replace(request.sampling, json_schema=None),
         store=False,
     )
@@ -162,14 +180,19 @@ def step_request(request: AgentRequest, step: str, results: list[str]) -> AgentR
 
 def answer_request(request: AgentRequest, results: list[str]) -> AgentRequest:
     """The answer to the caller, in the form that he asked for; it is what the session remembers."""
-    found = MessageItem("assistant", "\n\n".join(results))
+    found = MessageItem("assistant", as_data("\n\n".join(results)))
     return replace(
         request,
+        instructions=with_rule(request.instructions),
         input=[*request.input, found, MessageItem("user", ANSWER)],
         toolsets=[],
         tool_choice=ToolChoice(),
         plan=[],
     )
+
+
+def with_rule(instructions: str) -> str:
+    return "\n".join(filter(None, (instructions, TOOL_OUTPUT_RULE)))
 
 
 def parse_args() -> argparse.Namespace:

@@ -83,24 +83,22 @@ def add_responses(
     async def page() -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html")
 
-    # A user who is named gets only what is theirs; who has an id and names nobody, anything.
+    # What belongs to a user is there only for who names that user.
     @app.get("/v1/responses/{response_id}", responses=STORED_RESPONSES)
-    async def get_response(http: Request, response_id: str, user: str | None = None) -> Response:
+    async def get_response(http: Request, response_id: str, user: str = "") -> Response:
         refuse_other_parameters(http, "user")
         found = await stored_response(agent.get_response, StoredQuery(response_id, user))
         return JSONResponse(stored_document(found))
 
     @app.delete("/v1/responses/{response_id}", responses=DELETED_RESPONSES)
-    async def delete_response(http: Request, response_id: str, user: str | None = None) -> Response:
+    async def delete_response(http: Request, response_id: str, user: str = "") -> Response:
         refuse_other_sites(http)
         refuse_other_parameters(http, "user")
         await delete_stored(agent.delete_response, StoredQuery(response_id, user))
         return JSONResponse(to_wire(DeletedResponse(response_id)))
 
     @app.delete("/v1/conversations/{conversation}", responses=DELETED_CONVERSATIONS)
-    async def delete_conversation(
-        http: Request, conversation: str, user: str | None = None
-    ) -> Response:
+    async def delete_conversation(http: Request, conversation: str, user: str = "") -> Response:
         refuse_other_sites(http)
         refuse_other_parameters(http, "user")
         await delete_stored(agent.delete_conversation, StoredQuery(conversation, user))

@@ -233,4 +233,5 @@ class ResponseRequest(StrictModel):
             "max_tokens": "max_output_tokens",
             "json_schema": "text.format" if text else "tools",
             "tool_plan": "nvext.tool_plan",
+            "max_steps": "nvext.max_steps",
         }

@@ -104,12 +104,17 @@ def _call(item: dict[str, Any]) -> str:
     """A call of a tool and what it said, as lines."""
     if item["type"] != "mcp_call":
         return ""
-    arguments = ", ".join(
-        f"{name}={json.dumps(value, ensure_ascii=False)}"
-        for name, value in json.loads(item["arguments"]).items()
-    )
+    try:
+        given = json.loads(item["arguments"])
+    except ValueError:  # it was cut off
+        arguments = item["arguments"]
+    else:
+        arguments = ", ".join(
+            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()
+        )
     said = item["error"]["content"] if item.get("error") else item["output"]
-    said = " ".join(str(said).split())
+    # What a tool says must not steer the terminal.
+    said = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
     said = said if len(said) <= SHOWN else f"{said[:SHOWN]} …"
     return f"[{item['name']}({arguments}) -> {said}]\n"
 

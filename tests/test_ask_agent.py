@@ -82,6 +82,19 @@ async def test_a_tool_that_failed_says_why() -> None:
     assert shown == '[calculator(expression="6*7") -> division by zero]\n'
 
 
+async def test_a_call_that_was_cut_off_is_shown_as_it_is() -> None:
+    cut = call(None)
+    cut["item"]["arguments"] = '{"expression": "1 +'
+    shown, _ = await run(events(cut, last()))
+    assert shown.startswith('[calculator({"expression": "1 +) -> ')
+
+
+async def test_no_output_steers_the_terminal() -> None:
+    shown, _ = await run(events(call("\x1b[2J\x07ok"), last()))
+    assert "\x1b" not in shown
+    assert "ok" in shown
+
+
 async def test_long_outputs_are_cut() -> None:
     shown, _ = await run(events(call("ab\n" * 1000), last()))
     assert len(shown) < SHOWN + 60

@@ -30,7 +30,6 @@ SCRIPT = [
     (r"What does the letter say", CALL % ("search_documents", '{"query": "letter"}')),
     (r"(?s)Divide.*by zero", "It cannot be done."),
     (r"Divide", CALL % ("calculator", '{"expression": "1 / 0"}')),
-    (r"(?s)Wait for ever.*<tool_output>", "It never said anything."),
     (r"Wait for ever", CALL % ("python", '{"code": "while True: pass"}')),
     (r"(?s)Say <b>hello.*</b>", "<b>Hello</b>"),
     (r"(?s)My name is Ada.*Who am I", "You are Ada."),
@@ -92,6 +91,46 @@ async def test_the_planner_calls_no_functions_of_its_caller(api: httpx.AsyncClie
     response = await api.post("/v1/responses", json={**task, "tools": [function]})
     assert response.status_code == 400
     assert "ask the agent" in response.json()["error"]["message"]
+
+
+async def test_the_planner_keeps_no_conversation(api: httpx.AsyncClient) -> None:
+    task = body("Double trouble", nvext={"agent": "planner"}, conversation="conv_plan")
+    response = await api.post("/v1/responses", json=task)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "conversation"
+
+
+async def test_what_the_model_refuses_is_a_status(api: httpx.AsyncClient) -> None:
+    """Streamed or not: nothing has been told yet."""
+    for stream in (False, True):
+        task = {**body("Double 21.", stream=stream), "model": "gpt-9"}
+        assert (await api.post("/v1/responses", json=task)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required", "nvext": {"max_steps": 1}}, "nvext.max_steps"),
+        ({"nvext": {"tool_plan": ["calculator"] * 2}, "max_tool_calls": 1}, "max_tool_calls"),
+    ],
+)
+async def test_a_call_that_the_budget_has_no_room_for_is_refused(
+    api: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
+    response = await api.post("/v1/responses", json=body("Double 21.", "calculator", **fields))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_a_session_is_its_users(api: httpx.AsyncClient) -> None:
+    task = body("My name is Ada.", conversation="conv_own", user="ada")
+    url = f"/v1/responses/{(await api.post('/v1/responses', json=task)).json()['id']}"
+    for other in ("", "?user=eve"):
+        assert (await api.get(f"{url}{other}")).status_code == 404
+        assert (await api.delete(f"{url}{other}")).status_code == 404
+        assert (await api.delete(f"/v1/conversations/conv_own{other}")).status_code == 404
+    assert (await api.get(f"{url}?user=ada")).status_code == 200
+    assert (await api.delete("/v1/conversations/conv_own?user=ada")).status_code == 200
 
 
 async def test_the_page_shows_each_step(running: Pipeline, browser: pw.Browser) -> None:
