@@ -23,6 +23,7 @@ MAX_FILES = 1000
 MAX_FILE_BYTES = 2**20
 MAX_BYTES = 32 * 2**20
 PASSAGE_CHARACTERS = 1200
+HEADING_CHARACTERS = 200  # of it before each piece of its section
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -139,7 +140,7 @@ def _read(name: str, folder: int, path: str, known: _File | None) -> _File | Non
 
 def _split(name: str, text: str) -> Iterator[Passage]:
     """Sections, which begin at headings; long ones in pieces, each with its heading."""
-    heading, lines, first = "", list[str](), 1
+    heading, lines, size, first = "", list[str](), 0, 1
 
     def passage() -> Iterator[Passage]:
         body = "\n".join(lines).strip()
@@ -148,12 +149,14 @@ def _split(name: str, text: str) -> Iterator[Passage]:
 
     for number, line in enumerate(text.splitlines(), start=1):
         begins = re.match(r"#{1,6} ", line) is not None
-        if begins or sum(map(len, lines)) + len(line) > PASSAGE_CHARACTERS:
+        if begins or size + len(line) > PASSAGE_CHARACTERS:
             yield from passage()
-            heading = line.strip() if begins else heading
+            heading = line.strip()[:HEADING_CHARACTERS] if begins else heading
             lines = [] if begins or not heading else [heading]
+            size = sum(len(line) + 1 for line in lines)
             first = number
         lines.append(line[:PASSAGE_CHARACTERS])
+        size += len(line) + 1
     yield from passage()
 
 

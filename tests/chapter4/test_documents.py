@@ -1,6 +1,7 @@
 """The folder of documents: what is found in it, and what is not read."""
 
 import os
+import time
 from pathlib import Path
 
 from chapter4 import documents as module
@@ -40,6 +41,24 @@ def test_a_long_section_comes_in_pieces_with_its_heading(tmp_path: Path) -> None
     assert found.text.startswith("# Long\n")
     assert len(found.text) <= module.PASSAGE_CHARACTERS + 100
     assert found.line > 2
+
+
+def test_blank_lines_take_no_time(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("\n" * (module.MAX_FILE_BYTES - 5) + "honey")
+    began = time.thread_time()
+    (found,) = Documents(tmp_path).search("honey", 3)
+    assert time.thread_time() - began < 20
+    assert found.text == "honey"
+
+
+def test_a_long_heading_takes_no_memory(tmp_path: Path) -> None:
+    """It is not repeated as a whole before each piece of its section."""
+    half = module.MAX_FILE_BYTES // 2
+    (tmp_path / "a.md").write_text(f"# {'x' * half}\n" + ("bee " * 250 + "\n") * (half // 1001))
+    found = Documents(tmp_path).search("bee", 10_000)
+    assert len(found) > half // 1001 // 2
+    assert sum(len(passage.text) for passage in found) < 2 * half
+    assert found[0].text.startswith("# xxx")
 
 
 @pytest.mark.parametrize("query", ["", "the of and", "?!", "zzz", "x" * 10_000])
