@@ -12,7 +12,7 @@ from chapter4.history import fit, messages_of
 from chapter4.run_tool import ToolResult, run_tool
 from chapter4.tool_times import ToolTimes
 from chapter4.tools import Tool, ToolContext
-from common.protocol import AnswerReason, PipelineError, Usage
+from common.protocol import AnswerReason, ErrorInfo, PipelineError, Usage
 from common.protocol_agent import (
     AgentEvent,
     AgentRequest,
@@ -28,12 +28,14 @@ from common.protocol_agent import (
 )
 from common.protocol_routing import AgentState
 from common.protocol_tools import FunctionTool, ToolChoice
+from common.waiting import stopped_within
 
 from dynamo.runtime import Context
 from msgspec.structs import replace
 
 ANSWER_SHARE = 0.25  # of the context length is kept free for the answer
-MAX_REFITS = 3
+MAX_RETRIES = 3
+BACKOFF_S = 0.5
 ANSWER = ToolChoice("none")
 
 
@@ -158,14 +160,14 @@ class Run:
         window = round(await self.model.context_length() * (1 - ANSWER_SHARE))
         own = (_function(own.tool) for own in self.tools.values())
         tools = [*self.request.functions, *own]
-        for attempt in range(MAX_REFITS + 1):
+        for attempt in range(MAX_RETRIES + 1):
             kept = self._kept(window - self._estimate.count_tools(tools))
             wanted = self._wanted(kept, tools, number, choice)
             if attempt == 0:
                 yield StepStarted(number, len(kept))
             started, ttft_ms = time.perf_counter(), 0.0
             try:
-                answer = self.model.answer(wanted, self.context, number, deadline)
+                answer = self.model.answer(wanted, self.context, f"{number}.{attempt}", deadline)
                 async with aclosing(answer) as outputs:
                     async for output in outputs:
                         if output.tokens:
@@ -178,10 +180,27 @@ class Run:
                             yield StepEnded(number, usage, ttft_ms, worker, finish)
                 return
             except PipelineError as error:
-                too_long = error.info.kind == "invalid_request" and error.info.param == "token_ids"
-                if not too_long or attempt == MAX_REFITS:
+                if attempt == MAX_RETRIES or ttft_ms:
                     raise
-                self._estimate.too_low()
+                if not await self._is_to_ask_again(error.info, number, attempt, deadline):
+                    raise
+
+    async def _is_to_ask_again(
+        self, error: ErrorInfo, number: int, attempt: int, deadline: float
+    ) -> bool:
+        """Whether another try may help; has the prompt be shorter, or waits, for it.
+
+        What hinders the first step is told to the caller: nothing has been done yet.
+        """
+        if error.kind == "invalid_request" and error.param == "token_ids":
+            self._estimate.too_low()
+            return True
+        wait_s = error.retry_after_s or BACKOFF_S * 2**attempt
+        passes = error.kind in ("overloaded", "unavailable") and number > 1
+        if not passes or time.monotonic() + wait_s >= deadline:
+            return False
+        await stopped_within(self.context, wait_s)
+        return not self.context.is_stopped()
 
     def _kept(self, window: int) -> list[Item]:
         """What of all that was said the model is shown."""

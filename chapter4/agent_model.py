@@ -52,12 +52,12 @@ class Model:
         return self._context_length
 
     async def answer(
-        self, request: ToolProcessRequest, parent: Context, number: int, deadline: float
+        self, request: ToolProcessRequest, parent: Context, step: str, deadline: float
     ) -> AsyncGenerator[TextOutput, None]:
         """The items of one answer; it ends early, without the last one, if it is stopped.
 
-        That is when `parent` is stopped, or at the `deadline` (of `time.monotonic`). The step's
-        `number` is a part of the request's id: the router and the engines keep the steps apart.
+        That is when `parent` is stopped, or at the `deadline` (of `time.monotonic`). The `step` is
+        a part of the request's id: the router and the engines keep the steps apart.
 
         Raises:
             PipelineError: the request failed, at any point of the stream.
@@ -65,7 +65,7 @@ class Model:
         wire = to_wire(request)
         failure: PipelineError | None = None
         ended = False
-        async with linked_child(parent, f"{parent.id()}-{number}") as context:
+        async with linked_child(parent, f"{parent.id()}-{step}") as context:
             seconds = max(deadline - time.monotonic(), 0.0)
             timer = asyncio.get_running_loop().call_later(seconds, context.stop_generating)
             try:

@@ -1,6 +1,7 @@
 """Waiting for the first of several things; passing a stop or a failure on."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,13 @@ async def link(parent: Context, child: Context) -> None:
     """Stop `child` when `parent` is stopped."""
     await parent.async_killed_or_stopped()
     child.stop_generating()
+
+
+async def stopped_within(context: Context, seconds: float) -> None:
+    """Wait so long, or until the context is stopped."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await context.async_killed_or_stopped()
 
 
 @asynccontextmanager

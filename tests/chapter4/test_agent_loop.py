@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 from chapter4.agent_loop import OwnTool, Run
 from chapter4.agent_model import Model
@@ -53,7 +53,7 @@ class ScriptedModel:
         return 2048
 
     async def answer(
-        self, request: ToolProcessRequest, context: Context, number: int, deadline: float
+        self, request: ToolProcessRequest, context: Context, step: str, deadline: float
     ) -> AsyncGenerator[TextOutput, None]:
         self.asked.append(request)
         answer = self.answers.pop(0)
@@ -343,6 +343,26 @@ async def test_a_prompt_that_turns_out_too_long_is_made_shorter() -> None:
     assert sum(isinstance(event, StepStarted) for event in events) == 1
     sizes = [len(asked.messages or []) for asked in model.asked]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("kind", ["overloaded", "unavailable"])
+async def test_a_step_in_the_midst_of_a_run_is_tried_again(
+    kind: Literal["overloaded", "unavailable"],
+) -> None:
+    """What the tools did is not lost because of a moment's load; the first step is the caller's."""
+    busy = PipelineError(kind, "try later", retry_after_s=0.01)
+    run, _ = make_run([calls(("double", '{"number": 1}')), busy, busy, says("2")], double)
+    assert ended(await all_events(run)).status == "completed"
+    run, _ = make_run([busy, says("2")], double)
+    with pytest.raises(PipelineError, match="try later"):
+        await all_events(run)
+
+
+async def test_no_time_is_left_to_try_again() -> None:
+    busy = PipelineError("overloaded", "try later", retry_after_s=1000)
+    run, _ = make_run([calls(("double", '{"number": 1}')), busy], double)
+    with pytest.raises(PipelineError, match="try later"):
+        await all_events(run)
 
 
 async def test_other_refusals_end_the_run() -> None:
