@@ -1,8 +1,8 @@
 """A call's arguments: the model's text, checked by the tool's schema.
 
 Neither is trusted. The schema of an MCP server may be huge, may refer to itself for ever or to
-another host, and a pattern in it may take a regular expression hours; so its size, its references
-and the steps of a check are bounded. Patterns are not checked here: a function's are by pydantic,
+another host, and a pattern in it may take a regular expression hours; so its size and how often
+references are followed are bounded. Patterns are not checked here: a function's are by pydantic,
 whose regular expressions take linear time, an MCP server's by the server.
 """
 
@@ -18,6 +18,9 @@ from jsonschema import Draft202012Validator
 MAX_ARGUMENTS = 32_768  # characters
 MAX_SCHEMA = 65_536  # characters as JSON
 MAX_REFERENCES = 10_000  # followed in one check
+
+# The first one's regular expressions; the others follow references without our counting them.
+_UNBOUNDED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems")
 
 _left: ContextVar[int] = ContextVar("references left")
 
@@ -39,7 +42,7 @@ def parse_arguments(text: str, schema: dict[str, Any]) -> dict[str, Any]:
     _left.set(MAX_REFERENCES)
     try:
         problem = jsonschema.exceptions.best_match(
-            _Validator(schema, registry=_NO_OTHERS).iter_errors(arguments)
+            _Validator(_without_dialect(schema), registry=_NO_OTHERS).iter_errors(arguments)
         )
     except (RecursionError, referencing.exceptions.Unresolvable, _TooManyError) as error:
         raise ValueError("the tool's schema cannot be used: its references do not end") from error
@@ -57,20 +60,25 @@ def check_schema(schema: dict[str, Any]) -> None:
     """
     try:
         size = len(json.dumps(schema))
-        Draft202012Validator.check_schema(schema)
     except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {_short(error)}") from error
+    if size > MAX_SCHEMA:
+        raise ValueError(f"has {size} characters, more than {MAX_SCHEMA}")
+    try:
+        Draft202012Validator.check_schema(schema)
+    except RecursionError as error:
         raise ValueError(f"is no JSON: {_short(error)}") from error
     except jsonschema.SchemaError as error:
         raise ValueError(f"is no JSON schema: {_short(error.message)}") from error
-    if size > MAX_SCHEMA:
-        raise ValueError(f"has {size} characters, more than {MAX_SCHEMA}")
     if schema.get("type") != "object":
         raise ValueError("is not that of an object")
-    for key, value in _keywords(schema):
+    for key, value in _keywords(_without_dialect(schema)):
         if key in ("$ref", "$dynamicRef") and not str(value).startswith("#"):
             raise ValueError(f"refers to another document: {_short(value)}")
-        if key == "patternProperties":
-            raise ValueError("has patternProperties, which are not checked in bounded time")
+        if key in _UNBOUNDED:
+            raise ValueError(f"has {key}, which are not checked in bounded time")
+        if key == "$schema" and isinstance(value, str):
+            raise ValueError("has a $schema inside, whose rules would be used instead of ours")
 
 
 class _TooManyError(Exception):
@@ -95,6 +103,11 @@ _Validator = jsonschema.validators.extend(
     {"pattern": None, "$ref": _counted("$ref"), "$dynamicRef": _counted("$dynamicRef")},
 )
 _NO_OTHERS: referencing.Registry[Any] = referencing.Registry()  # fetches no other document
+
+
+def _without_dialect(schema: dict[str, Any]) -> dict[str, Any]:
+    """Where it is named, the library takes its own rules for the dialect, not `_Validator`."""
+    return {key: value for key, value in schema.items() if key != "$schema"}
 
 
 def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:

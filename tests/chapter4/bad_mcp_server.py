@@ -73,6 +73,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "wrong": lambda: {"content": "no list"},
     "environment": lambda: text(" ".join(sorted(os.environ))),
     "big": lambda: text("x" * 5_000_000),
+    "structured": lambda: {**text("still here"), "structuredContent": {"a": "a" * 1000 + "!"}},
 }
 
 
@@ -81,6 +82,9 @@ def tools() -> list[dict[str, Any]]:
         {"name": name, "description": f"To {name}.", "inputSchema": OBJECT} for name in CALLS
     ]
     good[1]["annotations"] = {"readOnlyHint": True}
+    # To check what is returned by it takes a regular expression for ever.
+    evil = {"type": "string", "pattern": "^(a+)+$"}
+    good[-1]["outputSchema"] = {"type": "object", "properties": {"a": evil}}
     return [
         *good,
         {"name": "no good name", "inputSchema": OBJECT},
@@ -88,6 +92,20 @@ def tools() -> list[dict[str, Any]]:
         {"name": "far", "inputSchema": {"type": "object", "$ref": "http://x.example/schema"}},
         {"name": "huge", "inputSchema": {"type": "object", "description": "x" * 100_000}},
     ]
+
+
+def page(cursor: str | None) -> dict[str, Any]:
+    if FAULT == "endless":
+        return {"tools": [], "nextCursor": "more"}
+    if FAULT == "many":  # on one page
+        return {"tools": many(0, 101)}
+    if FAULT == "many_pages":
+        return {"tools": many(60, 120)} if cursor else {"tools": many(0, 60), "nextCursor": "60"}
+    return {"tools": tools()}
+
+
+def many(first: int, end: int) -> list[dict[str, Any]]:
+    return [{"name": f"t{number}", "inputSchema": OBJECT} for number in range(first, end)]
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +117,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             "serverInfo": {"name": "bad", "version": "1"},
         }
     if method == "tools/list":
-        return {"tools": tools()}
+        return page((request.get("params") or {}).get("cursor"))
     return CALLS[request["params"]["name"]]()
 
 

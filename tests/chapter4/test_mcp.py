@@ -185,6 +185,14 @@ async def test_rubbish_between_messages_is_passed_over(bad: Bad) -> None:
         assert (await call(named(tools, "pid"))).error is None
 
 
+async def test_what_a_tool_returns_is_not_checked_by_the_servers_schema(bad: Bad) -> None:
+    """It may hold a regular expression that takes for ever; this process would stand still."""
+    async with bad() as tools:
+        assert (await call(named(tools, "structured"))).output == "still here"
+        await call(named(tools, "die"))  # what is connected again does not check, either
+        assert (await call(named(tools, "structured"))).output == "still here"
+
+
 async def test_what_a_server_started_ends_with_it(bad: Bad) -> None:
     async with bad() as tools:
         pid = int((await call(named(tools, "child"))).output)
@@ -199,6 +207,9 @@ async def test_what_a_server_started_ends_with_it(bad: Bad) -> None:
         (f"{BAD} . ends", "Connection closed"),
         (f"{BAD} . floods", "Connection closed"),
         (f"{BAD} . silent", "no answer within"),
+        (f"{BAD} . many", "no tools: it has more than 100"),
+        (f"{BAD} . many_pages", "no tools: it has more than 100"),
+        (f"{BAD} . endless", "no tools: it has pages without any"),
         ("http://127.0.0.1:1/mcp", "connection"),
     ],
 )

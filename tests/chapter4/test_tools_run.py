@@ -16,6 +16,7 @@ from tests.chapter4.tool_calls import NOBODY, call
 import pytest
 
 OBJECT: dict[str, Any] = {"type": "object"}
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def tool(work: Callable[[], Awaitable[Any]], *, timeout_s: float = 60.0) -> Tool:
@@ -244,6 +245,19 @@ def test_a_pattern_cannot_keep_the_agent_busy() -> None:
     assert parse_arguments(json.dumps({"a": "a" * 1000 + "!"}), evil)
 
 
+def test_a_dialect_does_not_end_the_limits() -> None:
+    schema = {"$schema": DIALECT, **doubling(40), "properties": {"a": {"$ref": "#"}}}
+    check_schema(schema)
+    with pytest.raises(ValueError, match="references do not end"):
+        parse_arguments('{"a": {}}', schema)
+    tree = {
+        "$schema": DIALECT,
+        "type": "object",
+        "properties": {"a": {"$ref": "#"}, "b": {"type": "string", "pattern": "^(a+)+$"}},
+    }
+    assert parse_arguments(json.dumps({"a": {"b": "a" * 1000 + "!"}}), tree)
+
+
 def test_a_recursive_schema_can_be_used() -> None:
     tree = {
         "type": "object",
@@ -274,6 +288,12 @@ def nested(depth: int) -> dict[str, Any]:
             "another document",
         ),
         ({"type": "object", "patternProperties": {"^(a+)+$": {}}}, "patternProperties"),
+        ({**doubling(40), "unevaluatedProperties": False}, "has unevaluatedProperties"),
+        (
+            {"type": "object", "properties": {"a": {"unevaluatedItems": {"$ref": "#"}}}},
+            "has unevaluatedItems",
+        ),
+        ({"type": "object", "properties": {"a": {"$schema": DIALECT}}}, "has a .schema inside"),
         ({"type": "array"}, "is not that of an object"),
         ({}, "is not that of an object"),
         ({"type": "object", "properties": {"a": {"type": "text"}}}, "is no JSON schema"),
