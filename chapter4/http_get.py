@@ -7,6 +7,7 @@ means a moment later. A redirect is followed to an allowed host alone.
 """
 
 import asyncio
+import codecs
 import ipaddress
 import re
 import socket
@@ -26,7 +27,21 @@ TIMEOUT_S = 15.0
 TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([a-z0-9_.:-]{1,40})")
+# What pages are written in. Others that Python has may take hours to decode, as punycode does.
+_CODECS = ("utf-8", "ascii", "iso8859-1", *(f"cp{n}" for n in range(1250, 1259)))
+_CODECS += ("utf-16", "utf-16-le", "utf-16-be")
+# Here Python says "global", or may: an IPv4 address in disguise, or an old private network.
+_DISGUISED = [
+    ipaddress.IPv6Network(network)
+    for network in (
+        "::/96",  # IPv4-compatible: RFC 4291
+        "::ffff:0:0:0/96",  # IPv4-translated: RFC 7915
+        "64:ff9b::/96",  # NAT64: RFC 6052
+        "64:ff9b:1::/48",  # NAT64 of one's own: RFC 8215
+        "fec0::/10",  # site-local: RFC 3879
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ async def _addresses(url: httpx.URL, allowed: Collection[AllowedHost]) -> list[s
     """
     if url.scheme not in _PORTS or url.userinfo or not url.host:
         raise ToolError("the URL must be http://HOST/… or https://HOST/…, without a password")
-    host, port = _plain(url.host), url.port or _PORTS[url.scheme]
+    host, port = _name(url), url.port or _PORTS[url.scheme]
     with_port = AllowedHost(host, port) in allowed
     if not with_port and (AllowedHost(host) not in allowed or port != _PORTS[url.scheme]):
         there_are = ", ".join(map(str, allowed))
@@ -115,7 +130,7 @@ async def _addresses(url: httpx.URL, allowed: Collection[AllowedHost]) -> list[s
 async def _ask(client: httpx.AsyncClient, url: httpx.URL, addresses: list[str]) -> httpx.Response:
     """The answer of the first address that can be reached."""
     headers = {"host": url.netloc.decode(), "accept-encoding": "identity"}
-    extensions = {"sni_hostname": _plain(url.host)}  # whose certificate it must be
+    extensions = {"sni_hostname": _name(url)}  # whose certificate it must be
     for left, address in enumerate(addresses, start=1 - len(addresses)):
         there = url.copy_with(host=address)
         request = client.build_request("GET", there, headers=headers, extensions=extensions)
@@ -140,11 +155,25 @@ async def _text(response: httpx.Response) -> str:
         if len(body) > MAX_BYTES:
             break
     cut = f"\n[only the first {MAX_BYTES} bytes]" if len(body) > MAX_BYTES else ""
-    text = bytes(body[:MAX_BYTES]).decode(response.charset_encoding or "utf-8", "replace")
+    text = bytes(body[:MAX_BYTES]).decode(_codec(kind), "replace")
     if response.is_success:
         return text + cut
     busy = response.status_code in (429, 502, 503, 504)
     raise ToolError(f"HTTP status {response.status_code}: {text[:300]}", transient=busy)
+
+
+def _codec(content_type: str) -> str:
+    charset = _CHARSET.search(content_type)
+    try:
+        name = codecs.lookup(charset[1]).name if charset else ""
+    except LookupError:
+        name = ""
+    return name if name in _CODECS else "utf-8"
+
+
+def _name(url: httpx.URL) -> str:
+    """The host as it is asked for: an international name is in ASCII (`xn--…`)."""
+    return _plain(url.raw_host.decode("ascii"))
 
 
 def _plain(host: str) -> str:
@@ -156,6 +185,6 @@ def _is_public(text: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             address = address.ipv4_mapped
-        elif address.sixtofour or address.teredo or address in _NAT64:
-            return False  # an IPv4 address in disguise
+        elif address.sixtofour or address.teredo or any(address in net for net in _DISGUISED):
+            return False
     return address.is_global and not address.is_multicast

@@ -4,10 +4,12 @@ import asyncio
 import gzip
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from chapter4 import http_get as module
 from chapter4.http_get import AllowedHost, http_get_tool
@@ -42,6 +44,13 @@ class Pages(BaseHTTPRequestHandler):
 
     def page_latin(self) -> None:
         self.send(200, "h\u00e9llo".encode("latin-1"), content_type="text/html; charset=latin-1")
+
+    def page_charset(self) -> None:
+        charset, _, body = unquote_to_bytes(self.path.partition("?")[2]).partition(b":")
+        self.send(200, body, content_type=f"text/html; charset={charset.decode()}")
+
+    def page_punycode(self) -> None:
+        self.send(200, b"a" * 2**19 + b"-" + b"b" * 2**19, content_type="text/x;charset=Punycode")
 
     def page_image(self) -> None:
         self.send(200, b"\x89PNG", content_type="image/png")
@@ -109,6 +118,46 @@ async def test_an_allowed_page_comes(port: int) -> None:
     assert latin.output == "h\u00e9llo"
 
 
+@pytest.mark.parametrize(
+    ("charset", "body", "text"),
+    [
+        ("UTF8", "h\u00e9", "h\u00e9"),
+        ("us-ascii", "he", "he"),
+        ("ISO-8859-1", "h\u00e9", "h\u00e9"),
+        ("windows-1251", "\u0434\u0430", "\u0434\u0430"),
+        ('"cp1252"', "\u20ac", "\u20ac"),
+        ("utf-16", "h\u00e9", "h\u00e9"),
+        ("UTF-16LE", "h\u00e9", "h\u00e9"),
+    ],
+)
+async def test_a_page_says_how_it_is_written(port: int, charset: str, body: str, text: str) -> None:
+    page = f"{charset}:".encode() + body.encode(charset.strip('"'))
+    url = f"http://127.0.0.1:{port}/charset?{quote_from_bytes(page)}"
+    assert (await get(url, f"127.0.0.1:{port}")).output == text
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "hex", "unicode_escape", "none", "../x"])
+async def test_a_page_may_not_choose_any_codec(port: int, charset: str) -> None:
+    url = f"http://127.0.0.1:{port}/charset?{charset}:a-b%C3%A9%FF%5Cx41"
+    assert (await get(url, f"127.0.0.1:{port}")).output == "a-b\u00e9\ufffd\\x41"
+
+
+async def test_no_codec_takes_long(port: int) -> None:
+    began = time.thread_time()
+    result = await get(f"http://127.0.0.1:{port}/punycode", f"127.0.0.1:{port}")
+    assert time.thread_time() - began < 10
+    assert result.output.startswith("aaa")
+
+
+@pytest.mark.parametrize("host", ["b\u00fccher.example", "XN--bcher-kva.example."])
+async def test_an_international_name_is_the_one_in_ascii(
+    names: dict[str, list[str]], port: int, host: str
+) -> None:
+    names["xn--bcher-kva.example"] = ["127.0.0.1"]
+    result = await get(f"http://{host}:{port}/hello", f"xn--bcher-kva.example:{port}")
+    assert (result.output, result.error) == ("h\u00e9llo", None)
+
+
 async def test_a_host_is_allowed_by_its_name(port: int) -> None:
     result = await get(f"http://LOCALHOST.:{port}/hello", f"localhost:{port}")
     assert result.output == "h\u00e9llo"
@@ -171,7 +220,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "0.0.0.0", "224.0.0.1", "::1", "fe80::1", "fd00::1", "::ffff:127.0.0.1",  # noqa: S104
-        "64:ff9b::7f00:1", "2002:7f00:1::",
+        "64:ff9b::7f00:1", "2002:7f00:1::", "64:ff9b:1::7f00:1", "::7f00:1", "::ffff:0:7f00:1",
+        "fec0::1",
     ],
 )  # fmt: skip
 async def test_a_name_that_points_into_a_private_network_is_refused(
