@@ -23,11 +23,11 @@ from typing import Any
 from common.protocol import PipelineError
 from common.protocol_tools import FunctionTool
 from common.tool_schema_any import Limits, any_value, free_object
+from common.tool_schema_branches import Branches
 from common.tool_schema_check import check
 from common.tool_schema_refs import (
     References,
     SchemaError,
-    exclude_each_other,
     property_names,
     shared_names,
 )
@@ -81,6 +81,7 @@ class _Walk:
 
     def __init__(self, root: Schema, limits: Limits, definitions: Schema, name: str) -> None:
         self._references = References(root)
+        self._siblings = Branches(self._references)
         self._limits = limits
         self._definitions = definitions
         self._name = name
@@ -163,7 +164,7 @@ class _Walk:
         return result
 
     def _branches(self, key: str, branches: list[Any], depth: int, open_: Open) -> list[Any]:
-        if key == "oneOf" and not exclude_each_other(branches, self._references):
+        if key == "oneOf" and not self._siblings.exclude_each_other(branches):
             raise SchemaError("the branches of 'oneOf' must exclude each other by a property")
         return [self.schema(branch, depth, open_=open_) for branch in branches]
 

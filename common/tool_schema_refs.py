@@ -1,8 +1,6 @@
 """What a JSON schema refers to, and what its parts have in common."""
 
-import json
 from collections import Counter
-from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
@@ -101,46 +99,3 @@ def shared_names(schema: dict[str, Any], references: References) -> frozenset[st
     parts += [{key: schema[key]} for key in ("$ref", "anyOf", "oneOf") if key in schema]
     listed = Counter(name for part in parts for name in property_names(part, references) or [])
     return frozenset(name for name, count in listed.items() if count > 1)
-
-
-def exclude_each_other(branches: list[Any], references: References) -> bool:
-    """Whether nothing can match two of the schemas, as far as types and constants show that."""
-    kinds = [_resolved(branch, references) for branch in branches]
-    return all(_exclusive(a, b, references) for a, b in combinations(kinds, 2))
-
-
-def _exclusive(a: Any, b: Any, references: References) -> bool:
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return a is False or b is False
-    types = [_types(schema) for schema in (a, b)]
-    if types[0] and types[1] and not types[0] & types[1]:
-        return True
-    values = [_values(schema) for schema in (a, b)]
-    if values[0] and values[1] and not values[0] & values[1]:
-        return True
-    for name in set(a.get("required", [])) & set(b.get("required", [])):
-        tag_a, tag_b = (
-            _resolved(schema.get("properties", {}).get(name, True), references) for schema in (a, b)
-        )
-        if types == [{"object"}, {"object"}] and _exclusive(tag_a, tag_b, references):
-            return True
-    return False
-
-
-def _resolved(schema: Any, references: References) -> Any:
-    for _ in range(16):
-        if not isinstance(schema, dict) or set(schema) != {"$ref"}:
-            break
-        schema = references.target(schema["$ref"])
-    return schema
-
-
-def _types(schema: dict[str, Any]) -> set[str]:
-    types = schema.get("type", [])
-    listed = types if isinstance(types, list) else [types]
-    return {"number" if name == "integer" else name for name in listed}
-
-
-def _values(schema: dict[str, Any]) -> set[str]:
-    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
-    return {json.dumps(value, sort_keys=True) for value in values}

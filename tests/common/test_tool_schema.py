@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from random import Random
 from typing import Any
 
@@ -192,6 +193,62 @@ def test_a_schema_that_multiplies_is_refused() -> None:
     }
     with pytest.raises(PipelineError, match=r"more than|at most"):
         arguments_schema(tool(parameters(x={"$ref": "#/$defs/D0"}) | {"$defs": parts}), 1000)
+
+
+def tagged(kind: str) -> dict[str, Any]:
+    return parameters(kind={"const": kind}, text={"type": "string"})
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [{"const": "a"}, {"const": 1}, {"enum": ["c", None]}],
+        [{"type": "string"}, {"type": "null"}, {"type": ["integer", "boolean"]}, False],
+        [{"type": "string", "const": "a"}, {"type": "string", "const": "b"}, {"type": "object"}],
+        [{"$ref": "#/$defs/A"}, tagged("b"), tagged("c"), {"type": "null"}],
+        [parameters(a={"type": "string"}), parameters(a={"type": "integer"})],
+    ],
+)
+def test_branches_exclude_each_other_by_type_or_constant(branches: list[Any]) -> None:
+    schema = parameters(x={"oneOf": branches}) | {"$defs": {"A": tagged("a")}}
+    assert '"oneOf"' in arguments_schema(tool(schema), 1000)
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [{"const": "a"}, {"const": "b"}, {"enum": ["c", "a"]}],
+        [{"const": "a"}, {"const": "b"}, {"type": "string"}],
+        [{"$ref": "#/$defs/A"}, tagged("b"), tagged("a")],
+        [{"type": "number"}, {"type": "null"}, {"type": "integer"}],
+    ],
+)
+def test_branches_that_one_value_may_match_twice_are_refused(branches: list[Any]) -> None:
+    schema = parameters(x={"oneOf": branches}) | {"$defs": {"A": tagged("a")}}
+    with pytest.raises(PipelineError, match="exclude each other"):
+        arguments_schema(tool(schema), 1000)
+
+
+@pytest.mark.parametrize(
+    ("branches", "refused"),
+    [
+        ([{"const": number} for number in range(800)], None),
+        ([*({"const": number} for number in range(800)), {"const": 799}], "too many to compare"),
+        ([{"$ref": f"#/$defs/{number}"} for number in range(300)], "too many to compare"),
+    ],
+)
+def test_many_branches_are_seen_through_at_once(branches: list[Any], refused: str | None) -> None:
+    """Each with each are up to 320 000 comparisons."""
+    tags = {str(number): tagged(str(number)) for number in range(300)}
+    used = tags if "$ref" in branches[0] else {}
+    made = tool(parameters(x={"oneOf": branches}) | {"$defs": used})
+    began = time.process_time()
+    if refused is None:
+        assert '{"const":799}' in arguments_schema(made, 1)  # goes through all the limits
+    else:
+        with pytest.raises(PipelineError, match=refused):
+            arguments_schema(made, 1)
+    assert time.process_time() - began < 1
 
 
 def test_fewer_tokens_make_tighter_limits() -> None:
