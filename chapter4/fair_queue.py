@@ -111,10 +111,9 @@ class FairQueue:
             name: len(tenant.waiting) for name, tenant in self._tenants.items() if tenant.waiting
         }
 
-    def last_of_longest(self) -> Queued:
-        """Of the tenant with the most requests waiting, the one that would go last."""
-        longest = max(self._tenants.values(), key=lambda tenant: len(tenant.waiting))
-        return longest.waiting[-1][2]
+    def last_of(self, tenant: str) -> Queued:
+        """Of a tenant's requests that wait, the one that would go last."""
+        return self._tenants[tenant].waiting[-1][2]
 
     def _entry(self, request: Queued) -> tuple[float, int, Queued]:
         rank = request.prefill_tokens if self._order == "shortest" else 0.0

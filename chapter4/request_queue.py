@@ -51,9 +51,11 @@ class RequestQueue:
     def add(self, request: Queued) -> Queued | None:
         """Let it wait; returns who has to leave for it, which may be itself.
 
-        When the queue is full, the last request of the lowest rank's longest queue leaves, if
-        that makes room for a higher rank, or for a tenant that has fewer waiting. So neither bulk
-        work nor a heavy tenant keeps the others out.
+        When the queue is full, one leaves of the tenant with the most waiting in the lowest
+        priority, if that makes room for a higher priority, or for a tenant that has fewer
+        waiting; so neither bulk work nor a heavy tenant keeps the others out. It is that
+        tenant's last new one, or else its last one. For one that goes on with a task nobody
+        leaves but a new one of the same tenant.
         """
         leaves = self._who_leaves(request) if len(self) >= self.size else None
         if leaves is request:
@@ -132,15 +134,25 @@ class RequestQueue:
         return Rank(rank.priority, rank.returning != due)
 
     def _who_leaves(self, request: Queued) -> Queued:
-        lowest, rank = min(self._classes, default=None), _rank(request)
-        if lowest is None or rank < lowest:
+        lowest = min((rank.priority for rank in self._classes), default=None)
+        if lowest is None or request.priority < lowest:
             return request
-        queue = self._classes[lowest]
-        last = queue.last_of_longest()
-        if rank > lowest:
-            return last
-        fewer = queue.waiting(request.tenant) + 1 < queue.waiting(last.tenant)
-        return last if fewer else request
+        ranks = (Rank(lowest, False), Rank(lowest, True))
+        queues = [self._classes[rank] for rank in ranks if rank in self._classes]
+        waiting: Counter[str] = Counter()
+        for queue in queues:
+            waiting.update(queue.tenants())
+
+        def last_of(tenant: str) -> Queued:
+            return next(queue.last_of(tenant) for queue in queues if queue.waiting(tenant))
+
+        longest = max(waiting, key=waiting.__getitem__)
+        if request.priority > lowest or waiting[request.tenant] + 1 < waiting[longest]:
+            return last_of(longest)
+        if request.returning and waiting[request.tenant]:
+            own = last_of(request.tenant)
+            return request if own.returning else own
+        return request
 
     def _forget(self, request: Queued) -> None:
         del self._waiting[request]

@@ -97,6 +97,40 @@ def test_in_a_full_queue_a_new_conversation_leaves_for_a_step() -> None:
     assert queue.add(NEW, tenant="") is not None
 
 
+def test_steps_of_a_heavy_tenant_do_not_push_out_another() -> None:
+    queue = Queue(size=4)
+    for _ in range(3):
+        queue.add(STEP, tenant="heavy")
+    queue.add(NEW, tenant="light")
+    left = queue.add(STEP, tenant="heavy")
+    assert left is not None
+    assert left.number == 4
+    assert queue.queue.depths() == {0: {"light": 1, "heavy": 3}}
+
+
+@pytest.mark.parametrize("returning", [NEW, STEP])
+def test_in_a_full_queue_the_heaviest_tenant_makes_room_first_with_what_is_new(
+    returning: bool,
+) -> None:
+    """Whatever it is that comes: `light` has fewer waiting."""
+    queue = Queue(size=5)
+    queue.add(NEW, tenant="light")
+    for heavy in (STEP, NEW, STEP, NEW):
+        queue.add(heavy, tenant="heavy")
+    left = [queue.add(returning, tenant="light")]
+    left.append(queue.add(NEW, priority=1, tenant="other"))
+    assert [request and request.number for request in left] == [4, 2]
+
+
+def test_a_step_leaves_too_if_its_tenant_has_nothing_new() -> None:
+    queue = Queue(size=3)
+    for _ in range(3):
+        queue.add(STEP, tenant="heavy")
+    left = queue.add(NEW, tenant="light")
+    assert left is not None
+    assert left.number == 2
+
+
 def test_depths_are_those_of_a_priority_as_before() -> None:
     queue = Queue()
     for returning, tenant in ((STEP, "a"), (NEW, "a"), (NEW, "b")):
