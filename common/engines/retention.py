@@ -43,6 +43,7 @@ class Retention:
         """Retain what a request with so many full blocks of prompt left, unless it is too much."""
         if len(sequence.blocks) > self.limit:
             return
+        self._expire()  # what is over is to cost nobody a retention
         until = self.clock() + retain_s
         taken_up_by = min(prompt_blocks, len(sequence.blocks))
         self._retained[sequence.id] = _Retained(sequence, until, taken_up_by)

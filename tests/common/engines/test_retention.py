@@ -83,6 +83,17 @@ def test_half_of_the_cache_may_be_retained_and_the_oldest_retention_is_lost() ->
     assert [cache.cached(words(100 * number, 13)) for number in (0, 1, 2, 4)] == [0, 0, 12, 12]
 
 
+def test_what_is_over_takes_no_room_from_a_retention_that_holds() -> None:
+    cache = Cache()
+    cache.run(session := words(0, 17), 60.0)
+    cache.run(words(100, 17), 1.0)
+    cache.now = 2.0
+    cache.run(words(200, 17), 60.0)
+    assert cache.retained == 8
+    cache.run(words(300, 32))
+    assert cache.cached(session) == 16
+
+
 def test_the_next_request_of_the_session_takes_it_up() -> None:
     """Although it does not repeat the output as it was."""
     cache = Cache()
