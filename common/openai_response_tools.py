@@ -142,16 +142,38 @@ class ResponseToolChoice(StrictModel):
         """Why it cannot be among these tools, as far as can be told without the sets' contents."""
         if self.type in ("auto", "none"):
             return None
+        if self.type == "mcp":
+            return self._problem_of_set(tools)
         if any(self._means(tool) for tool in tools):
             return None
         return "It is none of 'tools'."
+
+    def _problem_of_set(self, tools: list[ResponseFunction | OwnTool]) -> str | None:
+        """A name is in one set only: what another tool has by this name is not what is meant."""
+        for tool in tools:
+            if isinstance(tool, McpTool) and tool.server_label == self.server_label:
+                allowed = tool.toolset().allowed
+                break
+        else:
+            return f"'{self.server_label}' is no 'mcp' tool of 'tools'."
+        if allowed is not None and self.name not in allowed:
+            return f"'{self.name}' is none of the 'allowed_tools' of '{self.server_label}'."
+        for tool in tools:
+            if isinstance(tool, ResponseFunction):
+                if tool.name == self.name:
+                    return f"'{self.name}' is one of 'tools', not of '{self.server_label}'."
+                continue
+            other = tool.toolset()
+            if other.server != self.server_label and self.name in (other.allowed or []):
+                return f"'{self.name}' is of '{other.server}', not of '{self.server_label}'."
+        return None
 
     def _means(self, tool: ResponseFunction | OwnTool) -> bool:
         if self.type not in ("required", tool.type):
             return False
         if isinstance(tool, ResponseFunction):
             return self.name in (None, tool.name)
-        return not isinstance(tool, McpTool) or self.server_label in (None, tool.server_label)
+        return True
 
 
 def as_choice(choice: Any) -> Any:

@@ -32,6 +32,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 
 FUNCTION = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
 MCP = {"type": "mcp", "server_label": "builtin", "require_approval": "never"}
+WEATHER = {**MCP, "server_label": "weather"}
 CODE = {"type": "code_interpreter", "container": {"type": "auto"}}
 SEARCH = {"type": "file_search", "vector_store_ids": ["documents"]}
 
@@ -125,6 +126,30 @@ def test_choices(choice: Any, wanted: ToolChoice) -> None:
     got = sent(tools=[FUNCTION, MCP, CODE, SEARCH], tool_choice=choice)
     assert got.tool_choice == wanted
     assert got.document["tool_choice"] == choice
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ([FUNCTION, CODE], "'weather' is no 'mcp' tool of 'tools'"),
+        ([{**MCP, "server_label": "other"}], "'weather' is no 'mcp' tool of 'tools'"),
+        ([{**WEATHER, "allowed_tools": ["g"]}], "'f' is none of the 'allowed_tools' of 'weather'"),
+        ([WEATHER, {**FUNCTION, "name": "f"}], "'f' is one of 'tools', not of 'weather'"),
+        ([WEATHER, {**MCP, "allowed_tools": ["f"]}], "'f' is of 'builtin', not of 'weather'"),
+    ],
+)
+def test_a_tool_of_one_set_is_not_that_of_another(tools: list[Any], reason: str) -> None:
+    choice = {"type": "mcp", "server_label": "weather", "name": "f"}
+    info = refusal(tools=tools, tool_choice=choice)
+    assert info.param == "tool_choice"
+    assert reason in info.message
+
+
+@pytest.mark.parametrize("allowed", [None, ["f", "g"]])
+def test_a_tool_of_a_set_may_be_chosen(allowed: list[str] | None) -> None:
+    choice = {"type": "mcp", "server_label": "weather", "name": "f"}
+    tools = [FUNCTION, MCP, CODE, {**WEATHER, "allowed_tools": allowed}]
+    assert sent(tools=tools, tool_choice=choice).tool_choice == ToolChoice("required", "f")
 
 
 @pytest.mark.parametrize("allowed", [["a", "b"], {"tool_names": ["a", "b"]}])
