@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chapter4 import sandbox_policy as policy
-from chapter4.sandbox_child import REFUSED
+from chapter4.sandbox_child import LOCKED
 
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from chapter4.sandbox_child import main; "
     "sys.path.pop(0); main(int(sys.argv[2]))"
 )
 _ROOT = Path(__file__).resolve().parent.parent
-
+_MAX_OUTPUT = len(LOCKED) + policy.OUTPUT_BYTES
 
 _PREFIX = "agent-python-"
 _LEFT_AFTER_S = 60.0
@@ -69,9 +69,9 @@ async def run_python(code: str, *, wall_s: float = policy.WALL_S) -> Finished:
             problem = await _watch(reading, folder, wall_s)
         finally:
             await _end(process, reading)
-        if problem is None and len(output) > policy.OUTPUT_BYTES:
+        if problem is None and len(output) > _MAX_OUTPUT:
             problem = f"printed more than {policy.OUTPUT_BYTES} bytes"
-        return _finished(process.returncode or 0, output.decode("utf-8", "replace"), problem)
+        return _finished(process.returncode or 0, bytes(output), problem)
 
 
 def remove_left_folders() -> None:
@@ -100,7 +100,7 @@ async def _talk(process: asyncio.subprocess.Process, code: bytes, output: bytear
         raise ValueError("the process has no pipes")
     process.stdin.write(b"%d\n%b" % (len(code), code))
     process.stdin.close()
-    while len(output) <= policy.OUTPUT_BYTES:
+    while len(output) <= _MAX_OUTPUT:
         piece = await process.stdout.read(policy.OUTPUT_BYTES)
         if not piece:
             await process.wait()
@@ -157,8 +157,9 @@ async def _end(process: asyncio.subprocess.Process, reading: asyncio.Task[None])
         raise asyncio.CancelledError
 
 
-def _finished(status: int, output: str, problem: str | None) -> Finished:
-    if status == REFUSED:
+def _finished(status: int, written: bytes, problem: str | None) -> Finished:
+    output = written.removeprefix(LOCKED).decode("utf-8", "replace")
+    if problem is None and status >= 0 and not written.startswith(LOCKED):
         raise SandboxError(
             f"Python code cannot run here, as it cannot be restricted: {output.strip()}"
         )

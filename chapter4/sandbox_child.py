@@ -1,7 +1,8 @@
 """The process in which code of the tool `python` runs; `sandbox.py` starts it.
 
-It reads the code from its input, locks itself up, and runs it. What cannot be locked up ends with
-`REFUSED` before the code is looked at.
+It reads the code from its input, locks itself up, writes `LOCKED`, and runs it. What cannot be
+locked up writes why and ends before the code is looked at. As `LOCKED` is the first that is
+written, no code can pretend that it was refused, nor take it back.
 """
 
 import ast
@@ -15,7 +16,7 @@ import types
 
 from chapter4 import sandbox_kernel, sandbox_policy
 
-REFUSED = 125
+LOCKED = b"\0"
 NAME = "<code>"
 
 
@@ -29,9 +30,10 @@ def main(parent: int) -> None:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         sandbox_kernel.lock_up(os.getcwd())
+        os.write(sys.stdout.fileno(), LOCKED)
     except (sandbox_kernel.Unsupported, OSError, ValueError) as error:
         print(error, flush=True)
-        os._exit(REFUSED)
+        os._exit(1)
     sys.exit(_run(code.decode()))
 
 
