@@ -15,7 +15,8 @@ nothing of its own:
 
 Objects below `allOf`, and beside `anyOf` or `oneOf`, are closed together; what several of them say
 about one property is left open. Branches of `oneOf` must exclude each other by type or by a
-constant. What no grammar can do (`_REFUSED`) is refused.
+constant, and become those of an `anyOf`: llguidance sees that of few. What no grammar can do
+(`_REFUSED`) is refused.
 """
 
 from typing import Any
@@ -144,7 +145,7 @@ class _Walk:
             if key == "allOf" and len(schema[key]) == 1:
                 return self.schema(schema[key][0], depth, open_=open_)
             if key != "allOf":
-                return {key: self._branches(key, schema[key], depth, open_)}
+                return {"anyOf": self._branches(key, schema[key], depth, open_)}
         shared = open_ is True or shared_names(schema, self._references) | (open_ or frozenset())
         result: Schema = self.schema(own, depth, open_=shared) if own else {}
         both = []
@@ -152,9 +153,15 @@ class _Walk:
             both.append(self._reference(schema["$ref"], depth, shared))
         if "allOf" in schema:
             both += [self.schema(part, depth, open_=shared) for part in schema["allOf"]]
-        for key in ("anyOf", "oneOf"):
-            if key in schema:
-                result[key] = self._branches(key, schema[key], depth, shared)
+        branches = [
+            {"anyOf": self._branches(key, schema[key], depth, shared)}
+            for key in ("anyOf", "oneOf")
+            if key in schema
+        ]
+        if len(branches) == 1:
+            result |= branches[0]
+        else:
+            both += branches
         if both:
             result["allOf"] = both
         if open_ is False and (names := property_names(schema, self._references)) is not None:

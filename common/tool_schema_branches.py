@@ -102,4 +102,6 @@ def _types(schema: dict[str, Any]) -> frozenset[str]:
 
 def _values(schema: dict[str, Any]) -> frozenset[str]:
     values = [schema["const"]] if "const" in schema else schema.get("enum", [])
-    return frozenset(json.dumps(value, sort_keys=True) for value in values)
+    # 1 and 1.0 are one value.
+    alike = (json.loads(json.dumps(value), parse_int=float) for value in values)
+    return frozenset(json.dumps(value, sort_keys=True) for value in alike)

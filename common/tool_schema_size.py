@@ -29,9 +29,8 @@ def longest(schema: Any, definitions: dict[str, Any]) -> float:
                 known[name] = of(definitions[name])
             return known[name]
         bounds = [of(branch) for branch in part.get("allOf", [])]
-        for key in ("anyOf", "oneOf"):
-            if key in part:
-                bounds.append(max((of(branch) for branch in part[key]), default=0))
+        if "anyOf" in part:
+            bounds.append(max((of(branch) for branch in part["anyOf"]), default=0))
         if "type" in part:
             types = part["type"] if isinstance(part["type"], list) else [part["type"]]
             bounds.append(max((of_type(name, part) for name in types), default=0))
@@ -47,7 +46,7 @@ def longest(schema: Any, definitions: dict[str, Any]) -> float:
             return 2 + sum(of(item) + 2 for item in prefix) + _times(rest, of(part["items"]) + 2)
         if name == "object":
             total: float = 2
-            elsewhere = any(key in part for key in ("allOf", "anyOf", "oneOf"))
+            elsewhere = "allOf" in part or "anyOf" in part
             for key, value in part.get("properties", {}).items():
                 if not (elsewhere and value is True):
                     total += len(json.dumps(key)) + 4 + of(value)

@@ -200,24 +200,35 @@ def tagged(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "branches",
+    ("branches", "value"),
     [
-        [{"const": "a"}, {"const": 1}, {"enum": ["c", None]}],
-        [{"type": "string"}, {"type": "null"}, {"type": ["integer", "boolean"]}, False],
-        [{"type": "string", "const": "a"}, {"type": "string", "const": "b"}, {"type": "object"}],
-        [{"$ref": "#/$defs/A"}, tagged("b"), tagged("c"), {"type": "null"}],
-        [parameters(a={"type": "string"}), parameters(a={"type": "integer"})],
+        ([{"const": "a"}, {"const": 1}, {"enum": ["c", None]}], None),
+        ([{"const": number} for number in range(800)], 799),
+        ([{"type": "string"}, {"type": "null"}, {"type": ["integer", "boolean"]}, False], True),
+        ([{"type": "string", "const": "a"}, {"type": "string", "const": "b"}, {"type": "null"}],
+         "b"),
+        ([{"$ref": "#/$defs/A"}, tagged("b"), {"type": "null"}], {"kind": "b", "text": ""}),
+        ([parameters(a={"type": "string"}), parameters(a={"type": "integer"})], {"a": 1}),
     ],
-)
-def test_branches_exclude_each_other_by_type_or_constant(branches: list[Any]) -> None:
+)  # fmt: skip
+def test_branches_exclude_each_other_by_type_or_constant(branches: list[Any], value: Any) -> None:
     schema = parameters(x={"oneOf": branches}) | {"$defs": {"A": tagged("a")}}
-    assert '"oneOf"' in arguments_schema(tool(schema), 1000)
+    text = arguments_schema(tool(schema), 1000)
+    assert accepts(text, {"x": value})
+    assert not accepts(text, {"x": "other"} if {"type": "string"} not in branches else {"x": []})
+
+
+def test_any_of_some_and_one_of_others() -> None:
+    numbers = {"anyOf": [{"const": 1}, {"const": 2}], "oneOf": [{"const": 2}, {"const": 3}]}
+    text = arguments_schema(tool(parameters(x=numbers)), 1000)
+    assert [number for number in range(5) if accepts(text, {"x": number})] == [2]
 
 
 @pytest.mark.parametrize(
     "branches",
     [
         [{"const": "a"}, {"const": "b"}, {"enum": ["c", "a"]}],
+        [{"const": [1]}, {"const": "b"}, {"const": [1.0]}],
         [{"const": "a"}, {"const": "b"}, {"type": "string"}],
         [{"$ref": "#/$defs/A"}, tagged("b"), tagged("a")],
         [{"type": "number"}, {"type": "null"}, {"type": "integer"}],
