@@ -136,7 +136,9 @@ async def open_bucket(name: str, *, ttl_s: float, max_bytes: int | None) -> Asyn
     last_error: list[Exception] = []
 
     async def on_error(error: Exception) -> None:
-        last_error[:] = [error]
+        # A refused connection may be reset before its reason is read: an earlier one says more.
+        if not (last_error and isinstance(error, OSError)):
+            last_error[:] = [error]
         log.debug("%s: %s", where, error)
 
     async def on_disconnected() -> None:

@@ -187,7 +187,7 @@ async def test_credentials_in_the_address(
     credentials: str,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(kv_bucket, "CONNECT_S", 2.0)
+    monkeypatch.setattr(kv_bucket, "CONNECT_S", 5.0)  # some attempts, of which one hears why
     async with bare_nats(children, "-js", "-sd", str(tmp_path), *arguments) as server:
         address = server.url.removeprefix("nats://")
         monkeypatch.setenv("NATS_SERVER", f"nats://{credentials}@{address}")
