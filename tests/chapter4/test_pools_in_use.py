@@ -7,6 +7,7 @@ from common.protocol import EngineInfo, SamplingParams, TextOutput, to_wire
 from common.protocol_routing import RoutedProcessRequest, RoutingHints
 from tests.chapter1.helpers import MODEL
 from tests.chapter2.helpers import RuntimeCaller, start_caller
+from tests.chapter4.processor_ready import processor_answers
 from tests.conftest import StartPipeline
 
 import pytest
@@ -30,6 +31,7 @@ async def test_steps_go_to_the_small_pool_and_answers_to_the_large_one(
         running.commands["engine1"].remove("pool=small")
         running.commands["engine1"].remove("--tag")
         await running.start("engine1").wait_ready()
+        await processor_answers(caller, running)
         path = f"{running.namespace}.processor.process"
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
 

@@ -3,12 +3,19 @@
 import os
 from collections.abc import Iterator
 
-from common.protocol import EngineOutput, GenerateRequest, SamplingParams, TextOutput, to_wire
+from common.protocol import (
+    EngineOutput,
+    GenerateRequest,
+    SamplingParams,
+    TextOutput,
+    to_wire,
+)
 from common.protocol_routing import RoutedProcessRequest, RoutedWorkerState, RoutingHints
 from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, engine_settings, eventually
 from tests.chapter2.helpers import RuntimeCaller, start_caller
 from tests.chapter3.browser import chromium, opened
+from tests.chapter4.processor_ready import processor_answers
 from tests.conftest import StartPipeline
 
 import playwright.async_api as pw
@@ -72,6 +79,7 @@ async def test_a_session_finds_its_blocks_again_after_a_tool(
         chapter="chapter4", engines=2, start=start, arguments=arguments
     ) as running:
         asking = Asking(caller, running)
+        await processor_answers(caller, running)
         first = await asking.ask(PREFIX, EXPECTED if says_so else None)
         assert first.worker_id is not None
         if says_so:
@@ -99,7 +107,9 @@ async def test_the_page_shows_agents_and_what_is_retained(
         opened(browser, f"{running.url}/router") as page,
     ):
         await pw.expect(page.locator(".card")).to_have_count(1)
-        await Asking(caller, running).ask(PREFIX, EXPECTED)
+        asking = Asking(caller, running)
+        await processor_answers(caller, running)
+        await asking.ask(PREFIX, EXPECTED)
         row = page.locator("#decisions tr.line").first
         await pw.expect(row).to_contain_text("calling · step 1")
         await pw.expect(page.locator(".card dd").nth(1)).to_have_text("18 blocks")
