@@ -94,7 +94,9 @@ class _Expansion:
             )
         return total
 
-    def _count_reference(self, reference: str, within: tuple[str, ...]) -> int:
+    def _count_reference(self, reference: Any, within: tuple[str, ...]) -> int:
+        if not isinstance(reference, str):  # possible where the keyword around it is unknown
+            raise ValueError("A '$ref' is text such as '#/$defs/Name'.")
         if reference in within:
             raise ValueError(f"The schema is recursive: '{reference[:80]}' is part of itself.")
         if len(within) == MAX_SCHEMA_DEPTH:

@@ -186,9 +186,12 @@ async def test_a_refusal_is_shown(running: Pipeline, browser: pw.Browser) -> Non
         await page.get_by_text("'no_such_tool' is no tool of this request").wait_for()
 
 
-async def read_until(answer: httpx.Response, event: str) -> None:
-    """Read a stream of events up to the first of that type."""
-    async for line in answer.aiter_lines():
+async def read_until(lines: AsyncIterator[str], event: str) -> None:
+    """Read a stream of events up to the first of that type.
+
+    The caller keeps `lines`: the connection is closed as soon as nobody has them.
+    """
+    async for line in lines:
         if f'"type":"{event}"' in line:
             return
     raise AssertionError(f"the stream ended without {event}")
@@ -218,7 +221,8 @@ async def test_a_client_that_leaves_ends_the_tool_at_work(
 ) -> None:
     task = body("Wait for ever", "python", stream=True)
     async with api.stream("POST", "/v1/responses", json=task) as answer:
-        await read_until(answer, "response.mcp_call_arguments.done")
+        lines = answer.aiter_lines()
+        await read_until(lines, "response.mcp_call_arguments.done")
         await eventually(lambda: sandboxes(running))
     await eventually(lambda: not sandboxes(running))
 
@@ -228,7 +232,8 @@ async def test_a_second_run_of_a_session_is_refused(api: httpx.AsyncClient) -> N
     task = body("Wait for ever", "python", conversation="conv_busy", stream=True)
     other = body("My name is Ada.", conversation="conv_busy")
     async with api.stream("POST", "/v1/responses", json=task) as answer:
-        await read_until(answer, "response.created")
+        lines = answer.aiter_lines()
+        await read_until(lines, "response.created")
         clash = await api.post("/v1/responses", json=other)
         assert clash.status_code == 409
         assert clash.json()["error"]["code"] == "conflict"

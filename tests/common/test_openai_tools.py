@@ -255,6 +255,7 @@ TREE = {"type": "object", "properties": {"child": {"$ref": "#/$defs/tree"}}}
         (chain(40), "", "more than 32 times"),
         ({"type": "object", "$ref": "https://example.org/x"}, "", "is not in the schema"),
         ({"type": "object", "$ref": "#/$defs/x"}, "", "names no schema"),
+        ({"type": "object", "x": {"$ref": True}}, "", "'$ref' is text"),
         ({"type": "object", "$id": "https://example.org/x"}, "", "'$id' is not supported"),
         ({"type": "object", "default": float("nan")}, "", "NaN"),
     ],
