@@ -3,19 +3,19 @@
 Stands between frontend and processor. Each step of a run is a request to the processor, with what
 the agent is about to do as hints for the router. What was said is kept in NATS JetStream, so that
 any agent can go on with any session.
-Endpoints: `agent.run`; `agent.get_response`, `agent.delete_response` and
-`agent.delete_conversation` for what is stored.
+Endpoints: `agent.run`, and those of `agent_store` for what is stored.
 """
 
 import argparse
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from chapter4.agent_loop import Run
 from chapter4.agent_model import Model
+from chapter4.agent_store import stored_handlers
 from chapter4.agent_tools import own_tools
 from chapter4.notes import note_tools, open_notes
 from chapter4.session_settings import add_session_arguments, session_settings
@@ -24,13 +24,7 @@ from chapter4.tool_times import ToolTimes
 from chapter4.toolbox import add_tool_arguments, open_toolbox
 from common.handlers import Handler
 from common.protocol import PipelineError, Usage, from_wire, to_wire
-from common.protocol_agent import (
-    AgentRequest,
-    RunEnded,
-    StoredOutput,
-    StoredQuery,
-    StoredResponse,
-)
+from common.protocol_agent import AgentRequest, RunEnded
 from common.telemetry import request_log
 from common.waiting import linked_child
 from common.worker import Lifecycle, add_common_arguments, run
@@ -68,38 +62,16 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
             log.warning("failed: %s", error)
             yield to_wire(RunEnded("failed", usage, error=error.info))
 
-    def stored(act: Callable[[StoredQuery], Awaitable[StoredResponse | None]]) -> Handler:
-        """A handler of queries about what is stored."""
-
-        async def answer(request: Any, context: Context) -> AsyncGenerator[dict[str, Any], None]:
-            try:
-                found = StoredOutput(await act(from_wire(request, StoredQuery)))
-            except PipelineError as error:
-                found = StoredOutput(error=error.info)
-            yield to_wire(found)
-
-        return answer
-
     settings = session_settings(args)
     async with (
         open_notes(args.namespace, settings) as notes,
         open_toolbox(args, note_tools(notes)) as toolbox,
         open_sessions(args.namespace, settings) as sessions,
     ):
+        handlers: dict[str, Handler] = {"run": run_agent, **stored_handlers(sessions)}
         await life.serve(
             runtime,
-            {
-                f"{args.namespace}.agent.run": run_agent,
-                f"{args.namespace}.agent.get_response": stored(
-                    lambda query: sessions.get(query.id, query.user)
-                ),
-                f"{args.namespace}.agent.delete_response": stored(
-                    lambda query: sessions.delete(query.id, query.user)
-                ),
-                f"{args.namespace}.agent.delete_conversation": stored(
-                    lambda query: sessions.delete_conversation(query.id, query.user)
-                ),
-            },
+            {f"{args.namespace}.agent.{name}": handler for name, handler in handlers.items()},
         )
 
 

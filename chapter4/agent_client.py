@@ -10,8 +10,10 @@ from common.protocol import PipelineError, from_wire, hop_error, to_wire
 from common.protocol_agent import (
     AgentEvent,
     AgentRequest,
+    NewConversation,
     RunEnded,
     StepStarted,
+    StoredConversation,
     StoredOutput,
     StoredQuery,
     StoredResponse,
@@ -29,16 +31,26 @@ class Agent:
     planner: Client
     get_response: Client
     delete_response: Client
+    create_conversation: Client
+    get_conversation: Client
+    get_turns: Client
     delete_conversation: Client
 
     @classmethod
     async def of(cls, runtime: DistributedRuntime, namespace: str) -> "Agent":
-        names = ("agent.run", "planner.run", "agent.get_response", "agent.delete_response")
-        endpoints = [
-            runtime.endpoint(f"{namespace}.{name}")
-            for name in (*names, "agent.delete_conversation")
-        ]
-        return cls(*[await endpoint.client() for endpoint in endpoints])
+        async def client(name: str) -> Client:
+            return await runtime.endpoint(f"{namespace}.{name}").client()
+
+        return cls(
+            run=await client("agent.run"),
+            planner=await client("planner.run"),
+            get_response=await client("agent.get_response"),
+            delete_response=await client("agent.delete_response"),
+            create_conversation=await client("agent.create_conversation"),
+            get_conversation=await client("agent.get_conversation"),
+            get_turns=await client("agent.get_turns"),
+            delete_conversation=await client("agent.delete_conversation"),
+        )
 
 
 async def ask_agent(
@@ -87,18 +99,38 @@ async def ask_agent(
 
 async def stored_response(get_response: Client, query: StoredQuery) -> StoredResponse:
     """The response of that id; raises a `PipelineError`, kind `not_found`, if there is none."""
-    output = await _answer(get_response, query)
+    output = (await _answers(get_response, query))[-1]
     if output.response is None:
         raise PipelineError("internal", "The agent gave no answer.")
     return output.response
 
 
+async def stored_conversation(
+    endpoint: Client, query: StoredQuery | NewConversation
+) -> StoredConversation:
+    """The conversation, found or created; raises as `stored_response` does."""
+    return _conversation(await _answers(endpoint, query))
+
+
+async def stored_turns(get_turns: Client, query: StoredQuery) -> list[StoredResponse]:
+    """The turns of the conversation, oldest first; raises as `stored_response` does."""
+    answers = await _answers(get_turns, query)
+    _conversation(answers)  # else the stream ended too early
+    return [answer.response for answer in answers if answer.response is not None]
+
+
 async def delete_stored(delete: Client, query: StoredQuery) -> None:
     """Delete what is stored under that id; raises a `PipelineError` as `stored_response` does."""
-    await _answer(delete, query)
+    await _answers(delete, query)
 
 
-async def _answer(endpoint: Client, query: StoredQuery) -> StoredOutput:
+def _conversation(answers: list[StoredOutput]) -> StoredConversation:
+    if answers[-1].conversation is None:
+        raise PipelineError("unavailable", "The agent ended its answer too early.")
+    return answers[-1].conversation
+
+
+async def _answers(endpoint: Client, query: StoredQuery | NewConversation) -> list[StoredOutput]:
     wire = to_wire(query)
     context = Context()
     try:
@@ -110,6 +142,7 @@ async def _answer(endpoint: Client, query: StoredQuery) -> StoredOutput:
         raise PipelineError.of(hop_error(error, "agent")) from error
     if not outputs:
         raise PipelineError("unavailable", "The agent gave no answer.")
-    if outputs[0].error is not None:
-        raise PipelineError.of(outputs[0].error)
-    return outputs[0]
+    for output in outputs:
+        if output.error is not None:
+            raise PipelineError.of(output.error)
+    return outputs

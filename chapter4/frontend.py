@@ -1,9 +1,9 @@
 """The frontend component: OpenAI's HTTP API, answered by the processor and the agent.
 
 POST /v1/chat/completions, /v1/completions and /v1/responses (streamed as server-sent events or
-whole), GET and DELETE of stored responses, GET /v1/models and /v1/models/{id}, /health (503 until
-the components behind it answer), /live, /metrics, a chat page at / and the router's page at
-/router. Other components get the same chat as `frontend.chat_completions`.
+whole), what is stored of responses, /v1/conversations, GET /v1/models and /v1/models/{id}, /health
+(503 until the components behind it answer), /live, /metrics, a chat page at / and the router's page
+at /router. Other components get the same chat as `frontend.chat_completions`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from chapter4.agent_client import Agent
+from chapter4.conversations import add_conversations
 from chapter4.hints import (
     RoutedChatRequest,
     RoutedCompletionRequest,
@@ -203,6 +204,7 @@ def build_app(
         return Response(PAGE.read_bytes(), media_type="text/html")
 
     add_responses(app, agent, metrics, args)
+    add_conversations(app, agent, args)
     router_page.add_to(app)
     return with_request_id(app)
 

@@ -18,13 +18,13 @@ from common.http_errors import outcome
 from common.http_requests import read_body, refuse_other_parameters, refuse_other_sites
 from common.openai_response_agent import asked_of, response_id_of, to_agent_request
 from common.openai_response_docs import (
-    DELETED_CONVERSATIONS,
     DELETED_RESPONSES,
+    ITEM_LIST_RESPONSES,
     RESPONSE_RESPONSES,
     STORED_RESPONSES,
-    DeletedConversation,
     DeletedResponse,
 )
+from common.openai_response_lists import LIST_QUERY_DOCS, input_items, list_query, page_of
 from common.openai_response_output import stored_document
 from common.openai_response_stream import ResponseStream
 from common.protocol import to_wire
@@ -97,9 +97,13 @@ def add_responses(
         await delete_stored(agent.delete_response, StoredQuery(response_id, user))
         return JSONResponse(to_wire(DeletedResponse(response_id)))
 
-    @app.delete("/v1/conversations/{conversation}", responses=DELETED_CONVERSATIONS)
-    async def delete_conversation(http: Request, conversation: str, user: str = "") -> Response:
-        refuse_other_sites(http)
-        refuse_other_parameters(http, "user")
-        await delete_stored(agent.delete_conversation, StoredQuery(conversation, user))
-        return JSONResponse(to_wire(DeletedConversation(conversation)))
+    @app.get(
+        "/v1/responses/{response_id}/input_items",
+        openapi_extra=LIST_QUERY_DOCS,
+        responses=ITEM_LIST_RESPONSES,
+    )
+    async def get_input_items(http: Request, response_id: str) -> Response:
+        query = list_query(http.query_params.multi_items())
+        whose = StoredQuery(response_id, query.user or "")
+        found = await stored_response(agent.get_response, whose)
+        return JSONResponse(to_wire(page_of(input_items(found, query.include or []), query)))

@@ -97,9 +97,9 @@ class Session:
         await self._stop_renewing()
         if self.record.claim is None:
             return
-        record = SessionRecord(self.record.user, self.record.turns)
+        record = replace(self.record, claim=None)
         try:
-            if record.turns:
+            if record.turns or record.made:
                 await self._write(record)
             elif self._revision is not None:
                 await self._store.forget_session(self.id, self._revision)
@@ -111,7 +111,7 @@ class Session:
         response_id = self._request.response_id
         await self._store.add_turn(response_id, value)
         try:
-            await self._write(SessionRecord(self.record.user, turns))
+            await self._write(replace(self.record, turns=turns, claim=None))
         except PipelineError as error:
             if error.info.kind == "conflict":
                 found = await self._store.session(self.id)

@@ -32,11 +32,17 @@ class Claim(msgspec.Struct):
 
 
 class SessionRecord(msgspec.Struct, omit_defaults=True):
-    """A session: its turns, oldest first, of which some may have been forgotten."""
+    """A session: its turns, oldest first, of which some may have been forgotten.
+
+    One that was `made` by itself is there without turns, too; `created` is in Unix seconds.
+    """
 
     user: str = ""
     turns: list[TurnRef] = []
     claim: Claim | None = None
+    created: int = 0
+    made: bool = False
+    metadata: dict[str, str] = {}
 
 
 def is_id(text: str) -> bool:

@@ -26,7 +26,7 @@ from chapter4.session_records import (
 from chapter4.session_settings import SessionSettings
 from chapter4.session_store import Found, SessionStore
 from common.protocol import PipelineError
-from common.protocol_agent import AgentRequest, StoredResponse
+from common.protocol_agent import AgentRequest, StoredConversation, StoredResponse
 
 import msgspec
 
@@ -128,14 +128,39 @@ class Sessions:
             PipelineError: kind `not_found`; `conflict`: a run has the session.
         """
         while True:
-            found = await self._store.session(conversation) if is_id(conversation) else None
-            if found is None or not _may(user, found.record):
-                raise no_such_conversation(conversation)
+            found = await self._find_conversation(conversation, user)
             self._check_free(conversation, found.record)
             if await self._store.forget_session(conversation, found.revision):
                 own = [ref.id for ref in found.record.turns if not ref.shared]
                 await self._store.forget_turns(own)
                 return
+
+    async def create(self, user: str = "", metadata: dict[str, str] | None = None) -> str:
+        """A new session without a past; its id."""
+        session = new_session_id()
+        record = SessionRecord(user, created=int(self._now()), made=True, metadata=metadata or {})
+        await self._store.change(session, record, None)
+        return session
+
+    async def conversation(self, conversation: str, user: str | None = None) -> StoredConversation:
+        """What is known of a session; `user` as for `get`.
+
+        Raises:
+            PipelineError: kind `not_found`.
+        """
+        record = (await self._find_conversation(conversation, user)).record
+        return StoredConversation(conversation, record.created, record.metadata)
+
+    async def turns(self, conversation: str, user: str | None = None) -> list[StoredResponse]:
+        """A session's turns that are still there, oldest first; raises as `conversation` does."""
+        found = await self._find_conversation(conversation, user)
+        return await self._store.turns(found.record.turns)
+
+    async def _find_conversation(self, conversation: str, user: str | None) -> Found:
+        found = await self._store.session(conversation) if is_id(conversation) else None
+        if found is None or not _may(user, found.record):
+            raise no_such_conversation(conversation)
+        return found
 
     async def _find(self, response_id: str, user: str | None) -> tuple[StoredResponse, Found]:
         """The turn and its session, which knows of it: a run that failed at its end has none."""
@@ -151,7 +176,8 @@ class Sessions:
         """The session without its history, claimed if other runs may write it, too."""
         while True:
             session_id, found = await self._wanted(request)
-            record, revision = found or (SessionRecord(user=request.user), None)
+            now = int(self._now())
+            record, revision = found or (SessionRecord(user=request.user, created=now), None)
             past = _until(record.turns, request.previous_response_id)
             forked = len(past) < len(record.turns)
             if request.store and not forked and (found or request.conversation is not None):
@@ -164,7 +190,8 @@ class Sessions:
             if request.store and forked:
                 session_id = new_session_id()
                 past = [TurnRef(ref.id, ref.size, shared=True) for ref in past]
-            return self._session(session_id, request, SessionRecord(record.user, past), None)
+            own = SessionRecord(record.user, past, created=now)
+            return self._session(session_id, request, own, None)
 
     async def _wanted(self, request: AgentRequest) -> tuple[str, Found | None]:
         """The session that the request names, if there is one, and its id."""

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from common.openai_docs import answer_docs, document_docs
+from common.openai_response_lists import ItemList
 from common.openai_response_objects import ResponseObject
 
 import msgspec
@@ -16,14 +17,6 @@ class DeletedResponse(msgspec.Struct):
     deleted: Literal[True] = True
 
 
-class DeletedConversation(msgspec.Struct):
-    """The body of DELETE /v1/conversations/{id}."""
-
-    id: str
-    object: Literal["conversation.deleted"] = "conversation.deleted"
-    deleted: Literal[True] = True
-
-
 _EVENTS = (
     "An event of the response as JSON, as OpenAI's API has it, the last one `response.completed`, "
     "`response.incomplete` or `response.failed`."
@@ -31,8 +24,8 @@ _EVENTS = (
 _SCHEMA = msgspec.json.schema(ResponseObject)
 
 RESPONSE_RESPONSES = answer_docs(_SCHEMA, _EVENTS, 400, 403, 404, 408, 409, 413, 429, 500, 503)
-STORED_RESPONSES = document_docs(_SCHEMA, 404, 500, 503)
-DELETED_RESPONSES = document_docs(msgspec.json.schema(DeletedResponse), 403, 404, 409, 500, 503)
-DELETED_CONVERSATIONS = document_docs(
-    msgspec.json.schema(DeletedConversation), 403, 404, 409, 500, 503
+STORED_RESPONSES = document_docs(_SCHEMA, 400, 404, 500, 503)
+DELETED_RESPONSES = document_docs(
+    msgspec.json.schema(DeletedResponse), 400, 403, 404, 409, 500, 503
 )
+ITEM_LIST_RESPONSES = document_docs(msgspec.json.schema(ItemList), 400, 404, 500, 503)

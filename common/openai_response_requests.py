@@ -31,6 +31,10 @@ Includable = Literal[
     "file_search_call.results",
     "reasoning.encrypted_content",  # there is never any
 ]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
+    Field(max_length=16, description="up to 16 strings up to 512 characters, by name"),
+]
 _DEFAULTS = Budget()
 _ID = r"^[a-zA-Z0-9_-]{1,64}$"
 _ID_TEXT = "1 to 64 letters, digits, _ and -"
@@ -191,10 +195,7 @@ class ResponseRequest(StrictModel):
     ] = None
     store: Annotated[bool | None, Field(description="true or false; default true")] = None
     stream: Annotated[bool | None, Field(description="true or false")] = None
-    metadata: Annotated[
-        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
-        Field(max_length=16, description="up to 16 strings up to 512 characters, by name"),
-    ] = None
+    metadata: Metadata = None
     user: Annotated[
         Label | None, Field(description="who asks, up to 512 characters; as safety_identifier")
     ] = None

@@ -24,6 +24,7 @@ PARAMETERS: NoOps = {
     "stream_options": ({}, {"include_obfuscation": False}),
     "top_logprobs": (0,),
 }
+CONVERSATION: NoOps = {"items": ([],)}
 TEXT: NoOps = {"verbosity": ("medium",)}
 
 FUNCTION: NoOps = {

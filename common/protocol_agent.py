@@ -185,7 +185,8 @@ AgentEvent = StepStarted | TextDelta | CallDelta | ToolStarted | ItemDone | Step
 class StoredQuery(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """What is stored under an id, of this user if one is named.
 
-    The input of `agent.get_response`, `agent.delete_response` and `agent.delete_conversation`.
+    The input of `agent.get_response`, `agent.delete_response`, `agent.get_conversation`,
+    `agent.get_turns` and `agent.delete_conversation`.
     """
 
     id: str
@@ -212,8 +213,27 @@ class StoredResponse(msgspec.Struct, omit_defaults=True):
     document: dict[str, Any] = {}
 
 
+class NewConversation(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The input of `agent.create_conversation`."""
+
+    user: str = ""
+    metadata: dict[str, str] = {}
+
+
+class StoredConversation(msgspec.Struct, omit_defaults=True):
+    """A session; `created` is in Unix seconds."""
+
+    id: str
+    created: int
+    metadata: dict[str, str] = {}
+
+
 class StoredOutput(msgspec.Struct, omit_defaults=True):
-    """The answer to a `StoredQuery`: the response, unless it was to be deleted, or the error."""
+    """An answer about what is stored: a response or a conversation, or the error.
+
+    To a query of `agent.get_turns` each turn is an answer, and the conversation the last one.
+    """
 
     response: StoredResponse | None = None
+    conversation: StoredConversation | None = None
     error: ErrorInfo | None = None
