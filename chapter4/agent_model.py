@@ -4,10 +4,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
+from chapter4.processor_client import engine_info
 from common.dispatch import dispatch
 from common.protocol import (
     ChatMessage,
-    InfoOutput,
     PipelineError,
     TextOutput,
     from_wire,
@@ -39,16 +39,7 @@ class Model:
             PipelineError: the processor does not know, or is not there.
         """
         if self._context_length is None:
-            try:
-                stream = await self._info.round_robin({}, annotated=False)
-                replies = [from_wire(item, InfoOutput) async for item in stream]
-            except Exception as error:
-                raise PipelineError.of(hop_error(error, "processor")) from error
-            if replies and replies[0].error is not None:
-                raise PipelineError.of(replies[0].error)
-            if not replies or replies[0].engine is None:
-                raise PipelineError("unavailable", "The processor gave no answer.")
-            self._context_length = replies[0].engine.context_length
+            self._context_length = (await engine_info(self._info)).context_length
         return self._context_length
 
     async def answer(

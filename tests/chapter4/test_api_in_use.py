@@ -1,16 +1,13 @@
 """Chapter 4's API with the official `openai` client, on a pipeline whose engine has a script."""
 
 import json
-import sys
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from launch.chapters import Options
-from launch.children import Children
-from launch.pipeline import Pipeline, pipeline
-from launch.ports import free_port
+from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, eventually, http_client, is_healthy, nothing_in_flight
+from tests.chapter4.scripted import CALL, scripted_pipeline
 
 import openai
 import pytest
@@ -18,7 +15,6 @@ import pytest_asyncio
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
 SCRIPT = [
     # A rule fits a prompt that has all its words in this order.
     (r"(?s)Add two.*<tool_output>.*Thanks", "You are welcome."),
@@ -52,28 +48,9 @@ class Weather(BaseModel):
 async def running(
     servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Pipeline]:
-    script = tmp_path_factory.mktemp("script") / "script.json"
-    script.write_text(json.dumps(SCRIPT))
-    lines: list[str] = []
-    with Children(lambda name, line: lines.append(f"{name:>10} | {line}")) as children:
-        options = Options(
-            namespace=f"test-{uuid.uuid4().hex[:12]}",
-            engines=1,
-            backend="simulated",
-            port=free_port(),
-        )
-        async with pipeline(children, servers, "chapter4", options, start=()) as running:
-            running.commands["engine0"] = [
-                *(sys.executable, "-m", "tests.chapter4.scripted_engine"),
-                *running.commands["engine0"][3:],
-                f"--engine-arg={script}",
-            ]
-            for name in running.commands:
-                running.start(name)
-            await running.wait_ready()
-            yield running
-            running.kill()
-    print(*lines[-200:], sep="\n")
+    folder = tmp_path_factory.mktemp("script")
+    async with scripted_pipeline(servers, folder, SCRIPT) as running:
+        yield running
 
 
 @pytest_asyncio.fixture
