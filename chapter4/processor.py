@@ -79,7 +79,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         engine_is = known or await checked_engine(context)
         calling = ToolCalling(model, request) if has_tools(request) else None
         sampling, stop = request.sampling, request.stop
-        prompt = await tokenize(model, request, calling.render if calling else None)
+        prompt = await tokenize(model, request, calling.token_ids if calling else None)
         check_fits(prompt, engine_is.context_length)
         if calling is not None:
             room = engine_is.context_length - len(prompt)

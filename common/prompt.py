@@ -10,11 +10,11 @@ INLINE_CHARACTERS = 2048
 
 
 async def tokenize(
-    model: TextModel, request: ProcessRequest, render: Callable[[], str] | None = None
+    model: TextModel, request: ProcessRequest, own: Callable[[], list[int]] | None = None
 ) -> list[int]:
     """The prompt's token ids, after the chat template if the request is a chat.
 
-    With `render`, the prompt's text is what that returns.
+    With `own`, they are what that returns.
     """
     if request.model != model.name:
         raise PipelineError(
@@ -32,13 +32,13 @@ async def tokenize(
     messages = request.messages
 
     def encode() -> list[int]:
-        if render is not None:
-            return model.encode(render())
+        if own is not None:
+            return own()
         return model.encode(prompt if messages is None else model.render_chat(messages))
 
     # A book takes seconds, and the other streams of this process must not wait for it.
     characters = len(prompt) + sum(len(message.content) + 20 for message in messages or [])
-    inline = render is None and characters <= INLINE_CHARACTERS
+    inline = own is None and characters <= INLINE_CHARACTERS
     return encode() if inline else await asyncio.to_thread(encode)
 
 

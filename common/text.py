@@ -35,6 +35,18 @@ class TextModel:
         """Token ids, with one BOS in front if the model wants one; parses control tokens."""
         return self.tokenizer.encode(text)
 
+    def encode_parts(self, parts: Iterable[str]) -> list[int]:
+        """Token ids of the parts' text, none of which reaches from one part into another.
+
+        A tokenizer that puts a space before a text cannot do that: it encodes the whole.
+        """
+        bos = self.encode("")
+        probe = self.encode("{")[len(bos) :]
+        if b"".join(map(self.tokenizer.token_bytes, probe)) != b"{":
+            return self.encode("".join(parts))
+        first, *others = map(self.encode, parts)
+        return [*first, *(token for other in others for token in other[len(bos) :])]
+
     def render_chat(
         self, messages: list[ChatMessage], tools: list[FunctionTool] | None = None
     ) -> str:

@@ -10,6 +10,7 @@ from common.tool_formats import HERMES, format_of
 from common.tool_grammar import MAX_FORCED_CALLS, arguments_schema, calls_schema
 from common.tool_prompt import (
     in_first_user_message,
+    in_parts,
     one_call_each,
     with_harmless_results,
     with_ids_of_nine,
@@ -93,9 +94,11 @@ class ToolCalling:
         if self._name is None:
             self._prefill = self._format.prefill
             return ForcedCalls({tool.name: {} for tool in self._tools})
-        written = {"name": self._name, "json": json.dumps(self._name)}
-        self._prefill = self._format.named_prefill % written
+        self._prefill = self._named_prefill(self._name)
         return NamedCall(self._name)
+
+    def _named_prefill(self, name: str) -> str:
+        return self._format.named_prefill % {"name": name, "json": json.dumps(name)}
 
     def sampling(self, room: int) -> SamplingParams:
         """With the grammar of calls that are forced, where `room` tokens fit into the context.
@@ -116,8 +119,17 @@ class ToolCalling:
             schema = calls_schema(self._tools, key, tokens, most=most)
         return replace(sampling, json_schema=schema, stop_token_ids=[])
 
+    def token_ids(self) -> list[int]:
+        """The prompt, with the tokens that the conversation had while it was made.
+
+        Raises:
+            PipelineError: see `TextModel.render_chat`.
+        """
+        parts = in_parts(self.render(), self._messages, self._named_prefill)
+        return self._model.encode_parts(parts)
+
     def render(self) -> str:
-        """The prompt, with the beginning of the call that is forced.
+        """The prompt's text, with the beginning of the call that is forced.
 
         Raises:
             PipelineError: see `TextModel.render_chat`.

@@ -31,9 +31,18 @@ class CallReader(Protocol):
         ...
 
 
-def new_call(index: int, name: str, arguments: str = "") -> ToolCallDelta:
-    """The first piece of a call; the id looks like one of OpenAI's."""
-    return ToolCallDelta(index, arguments, f"call_{secrets.token_hex(12)}", name)
+_NAMED = re.compile("call_n[0-9a-f]{24}")
+
+
+def new_call(index: int, name: str, arguments: str = "", *, named: bool = False) -> ToolCallDelta:
+    """The first piece of a call; the id looks like one of OpenAI's, and tells if it `is_named`."""
+    kind = "call_n" if named else "call_"
+    return ToolCallDelta(index, arguments, f"{kind}{secrets.token_hex(12)}", name)
+
+
+def is_named(call_id: str) -> bool:
+    """Whether it is the id of a `NamedCall`."""
+    return _NAMED.fullmatch(call_id) is not None
 
 
 class FreeCalls:
@@ -141,7 +150,7 @@ class NamedCall:
         if self.calls:
             return "", [ToolCallDelta(0, text)]
         self.calls = 1
-        return "", [new_call(0, self._name, text)]
+        return "", [new_call(0, self._name, text, named=True)]
 
     def undecided(self) -> int:
         return 0

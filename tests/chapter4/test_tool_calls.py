@@ -9,9 +9,9 @@ from benchmarks.tool_schemas import tools_of
 from chapter4.migration import Progress
 from common.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from common.model_files import DEFAULT_MODEL
-from common.protocol import ChatMessage, GenerateRequest, SamplingParams
+from common.protocol import ChatMessage, GenerateRequest, SamplingParams, TextOutput
 from common.protocol_agent import ToolProcessRequest
-from common.protocol_tools import FunctionTool, ToolChoice
+from common.protocol_tools import FunctionTool, ToolCall, ToolChoice
 from common.text import load_text_model
 from common.tool_calling import ToolCalling
 from launch.chapters import Options
@@ -145,7 +145,7 @@ async def test_another_engine_goes_on_in_the_midst_of_a_forced_call() -> None:
             sampling=SamplingParams(temperature=0.0, max_tokens=40),
         )
         calling = ToolCalling(model, request)
-        prompt = model.encode(calling.render())
+        prompt = calling.token_ids()
         sampling = calling.sampling(1000)
 
         async def answer(generate: GenerateRequest) -> list[int]:
@@ -159,5 +159,42 @@ async def test_another_engine_goes_on_in_the_midst_of_a_forced_call() -> None:
             assert await answer(progress.request()) == whole[made:]
         text = model.detokenizer().push(whole)
         jsonschema.Draft202012Validator(SIMPLE.parameters or {}).validate(json.loads(text))
+    finally:
+        await engine.close()
+
+
+async def test_the_engine_has_every_token_of_a_call_when_the_conversation_goes_on() -> None:
+    """The tokens that it made itself are those of the next prompt.
+
+    Of a word, that is: for what a grammar leaves no choice, a model may take unusual tokens.
+    """
+    place = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+    tool = FunctionTool("find", "Find a place.", place)
+    model = load_text_model(DEFAULT_MODEL)
+    engine = await LlamaCppEngine.start(LlamaCppSettings(**ONE_THREAD))
+    messages = [ChatMessage("user", "Find me a place to eat near the sea.")]
+    known: list[int] = []
+    try:
+        for _ in range(3):
+            request = ToolProcessRequest(
+                DEFAULT_MODEL,
+                messages,
+                tools=[tool],
+                tool_choice=ToolChoice("required", tool.name),
+                sampling=SamplingParams(temperature=0.0, max_tokens=60),
+            )
+            calling = ToolCalling(model, request)
+            prompt = calling.token_ids()
+            assert prompt[: len(known)] == known
+            generate = GenerateRequest(prompt, calling.sampling(1000))
+            items = [item async for item in engine.generate(generate, FakeContext())]
+            assert items[0].cached_tokens == len(known) // 16 * 16
+            made = [token for item in items for token in item.token_ids]
+            known = [*prompt, *made]
+            output = calling.push(TextOutput(model.detokenizer().push(made), len(made)))
+            [delta] = output.tool_calls
+            call = ToolCall(delta.id or "", tool.name, delta.arguments)
+            result = ChatMessage("tool", "It is closed.", tool_call_id=call.id)
+            messages = [*messages, ChatMessage("assistant", "", [call]), result]
     finally:
         await engine.close()

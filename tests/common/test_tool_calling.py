@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.chat_template import ChatTemplate
 from common.model_files import DEFAULT_MODEL
@@ -20,7 +20,9 @@ from common.protocol import (
 from common.protocol_agent import ToolProcessRequest
 from common.protocol_tools import FunctionTool, ToolCall, ToolChoice
 from common.text import TextModel, load_text_model
+from common.tokenizer import Tokenizer
 from common.tool_calling import ToolCalling, has_tools
+from common.tool_stream import is_named
 from tests.common.test_text import folder_of_byte_level_model
 
 import pytest
@@ -187,6 +189,75 @@ def test_a_call_that_was_made_reads_as_it_was_forced() -> None:
     assert prompt_of(SMOLLM2, USER, call, result).startswith(forced)
 
 
+HERMES = (
+    "{% if tools %}<tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for call in m.tool_calls %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": '
+    "{{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+@pytest.mark.parametrize("template", ["written out", HERMES])
+@pytest.mark.parametrize("city", ["Rome", "17 \u00e9 {} [\n", "<tool_call>", ""])
+def test_the_next_prompt_begins_with_the_tokens_of_the_last_and_its_named_call(
+    template: str, city: str
+) -> None:
+    """Else the prefix cache ends where the first arguments begin."""
+    model = SMOLLM2 if template == "written out" else model_with(template)
+    messages = [USER]
+    known: list[int] = []
+    for number in range(4):
+        calling = ToolCalling(model, request(*messages, tool_choice=NAMED))
+        prompt = calling.token_ids()
+        assert prompt[: len(known)] == known
+        assert len(known) < len(prompt)
+        arguments = json.dumps({"city": city, "n": number}, ensure_ascii=False)
+        known = [*prompt, *model.encode(arguments)]
+        [delta, *_] = outputs_of(calling, arguments)[0].tool_calls
+        call = ToolCall(delta.id or "", "get_weather", arguments)
+        result = ChatMessage("tool", f"Like {arguments}", tool_call_id=call.id)
+        messages += [ChatMessage("assistant", "", [call]), result]
+    free = ToolCalling(model, request(*messages))
+    assert free.token_ids()[: len(known)] == known
+    assert model.detokenizer(model.tokenizer.control_ids).push(free.token_ids()) == free.render()
+
+
+def test_calls_that_the_model_made_freely_are_tokenised_as_it_wrote_them() -> None:
+    calling = ToolCalling(SMOLLM2, request(USER, CALLED, *RESULTS))
+    assert calling.token_ids() == SMOLLM2.encode(calling.render())
+
+
+class SpacedTokenizer:
+    """Puts a space before every text, as SentencePiece does."""
+
+    def __init__(self) -> None:
+        self.token_bytes = SMOLLM2.tokenizer.token_bytes
+
+    def encode(self, text: str) -> list[int]:
+        return SMOLLM2.encode(f" {text}")
+
+
+def test_a_tokenizer_that_adds_spaces_gets_the_prompt_as_one_text() -> None:
+    model = dataclasses.replace(SMOLLM2, tokenizer=cast(Tokenizer, SpacedTokenizer()))
+    assert model.encode_parts(["a", "{b", "}"]) == SMOLLM2.encode(" a{b}")
+
+
+class BosTokenizer(SpacedTokenizer):
+    """Puts a token before every text."""
+
+    def encode(self, text: str) -> list[int]:
+        return [7, *SMOLLM2.encode(text)]
+
+
+def test_a_prompt_of_parts_has_one_bos() -> None:
+    model = dataclasses.replace(SMOLLM2, tokenizer=cast(Tokenizer, BosTokenizer()))
+    assert model.encode_parts(["a ", "{b", "}"]) == [
+        7,
+        *(token for part in ("a ", "{b", "}") for token in SMOLLM2.encode(part)),
+    ]
+
+
 ECHO = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '\n' }}"
     "{{ m.role }}: {{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}[{{ c.id }} "
@@ -268,7 +339,7 @@ def test_a_named_call_streams_its_arguments() -> None:
     assert "".join(output.text for output in outputs) == ""
     assert [delta.arguments for delta in deltas] == ['{"', "city", '": "Rome"}']
     assert [delta.name for delta in deltas] == ["get_weather", None, None]
-    assert re.fullmatch(r"call_[0-9a-f]{24}", deltas[0].id or "")
+    assert is_named(deltas[0].id or "")
     assert deltas[1].id is None
     assert outputs[-1].finish_reason == "tool_calls"
 
