@@ -1,7 +1,10 @@
 """The frontend's questions to the processor."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
+from chapter4.drafted_answer import drafted, needs_draft
 from common.dispatch import dispatch
 from common.openai import (
     CompletionRequest,
@@ -10,16 +13,19 @@ from common.openai import (
     to_process_request,
     to_tool_process_request,
 )
+from common.openai_errors import FieldNames
 from common.protocol import (
     EngineInfo,
     InfoOutput,
     PipelineError,
+    ProcessRequest,
     TextOutput,
     from_wire,
     hop_error,
     to_wire,
 )
 from common.protocol_routing import RoutingHints
+from common.waiting import linked_child
 
 from dynamo.runtime import Client, Context
 from prometheus_client import CollectorRegistry, Counter
@@ -38,7 +44,7 @@ def migration_counter(registry: CollectorRegistry) -> Counter:
     ).labels("ongoing_request")
 
 
-async def ask_processor(
+def ask_processor(
     processor: Client,
     request: ToolChatRequest | CompletionRequest,
     hints: RoutingHints,
@@ -47,19 +53,43 @@ async def ask_processor(
 ) -> AsyncGenerator[TextOutput, None]:
     """The processor's items; the last one has the finish reason, or this raises.
 
-    A stream is always read to its end: the runtime takes one that was dropped for the sign of
-    a broken instance and sends that instance nothing for five seconds.
-
     Raises:
         PipelineError: the request failed, at any point of the stream.
     """
+
+    def ask(
+        question: ProcessRequest, context: Context = context
+    ) -> AsyncGenerator[TextOutput, None]:
+        wire = {**to_wire(question), "hints": to_wire(hints)}
+        return _answer(processor, wire, request, context, migrations)
+
+    async def ask_again(question: ProcessRequest) -> AsyncGenerator[TextOutput, None]:
+        async with (
+            linked_child(context, f"{context.id()}-answer") as child,
+            aclosing(ask(question, child)) as outputs,
+        ):
+            async for output in outputs:
+                yield output
+
+    if not isinstance(request, ToolChatRequest):
+        return ask(to_process_request(request))
+    question = to_tool_process_request(request)
+    return drafted(question, ask, ask_again) if needs_draft(question) else ask(question)
+
+
+async def _answer(
+    processor: Client,
+    wire: dict[str, Any],
+    names: FieldNames,
+    context: Context,
+    migrations: Counter,
+) -> AsyncGenerator[TextOutput, None]:
+    """One question's items.
+
+    A stream is always read to its end: the runtime takes one that was dropped for the sign of
+    a broken instance and sends that instance nothing for five seconds.
+    """
     last: TextOutput | None = None
-    question = (
-        to_tool_process_request(request)
-        if isinstance(request, ToolChatRequest)
-        else to_process_request(request)
-    )
-    wire = {**to_wire(question), "hints": to_wire(hints)}
     try:
         async for item in dispatch(
             lambda: processor.round_robin(wire, annotated=False, context=context), context
@@ -78,7 +108,7 @@ async def ask_processor(
     if last is None:
         raise PipelineError("unavailable", "The processor ended the stream too early.")
     if last.error is not None:
-        raise PipelineError.of(client_error(request, last.error))
+        raise PipelineError.of(client_error(names, last.error))
     yield last
 
 

@@ -89,6 +89,35 @@ async def test_streamed_chat_calls(api: openai.AsyncOpenAI) -> None:
     ]
 
 
+async def test_a_chat_calls_or_answers_in_a_form(api: openai.AsyncOpenAI) -> None:
+    tools: Any = [openai.pydantic_function_tool(Weather)]
+    question: Any = [{"role": "user", "content": "What is the weather?"}]
+    calling = await api.chat.completions.parse(
+        model=MODEL, messages=question, tools=tools, response_format=Weather
+    )
+    called = calling.choices[0].message
+    assert called.tool_calls is not None
+    assert called.tool_calls[0].function.parsed_arguments == Weather(city="Paris")
+    assert called.content is None
+
+    question = [{"role": "user", "content": "Which city?"}]
+    answer = await api.chat.completions.parse(
+        model=MODEL, messages=question, tools=tools, response_format=Weather
+    )
+    assert answer.choices[0].message.parsed == Weather(city="Paris")
+    assert answer.choices[0].finish_reason == "stop"
+    free = await api.chat.completions.create(model=MODEL, messages=question, tools=tools)
+    assert answer.usage is not None
+    assert free.usage is not None
+    assert answer.usage.prompt_tokens == free.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 2 * free.usage.completion_tokens, "draft and answer"
+    async with api.chat.completions.stream(
+        model=MODEL, messages=question, tools=tools, response_format=Weather
+    ) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == Weather(city="Paris")
+
+
 async def test_a_run_calls_a_tool_and_answers_and_is_stored(api: openai.AsyncOpenAI) -> None:
     response = await api.responses.create(model=MODEL, input="Add two and two.", tools=[BUILTIN])
     check(response)
