@@ -19,7 +19,7 @@ from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, listen
 from common.http_arguments import add_http_arguments
 from common.http_errors import EXCEPTION_HANDLERS, outcome
-from common.http_requests import read_body, refuse_other_sites, with_request_id
+from common.http_requests import guarded, read_body, refuse_other_sites
 from common.openai import (
     CHAT_RESPONSES,
     COMPLETION_RESPONSES,
@@ -185,7 +185,7 @@ def build_app(
     async def page() -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html")
 
-    return with_request_id(app)
+    return guarded(app, args.host, args.allowed_host)
 
 
 async def ask_processor(

@@ -33,7 +33,7 @@ from common.frontend_metrics import FrontendMetrics
 from common.http import http_server, listen
 from common.http_arguments import add_http_arguments
 from common.http_errors import EXCEPTION_HANDLERS, outcome
-from common.http_requests import read_body, refuse_other_sites, with_request_id
+from common.http_requests import guarded, read_body, refuse_other_sites
 from common.openai import (
     CHAT_RESPONSES,
     COMPLETION_RESPONSES,
@@ -206,7 +206,7 @@ def build_app(
     add_responses(app, agent, metrics, args)
     add_conversations(app, agent, args)
     router_page.add_to(app)
-    return with_request_id(app)
+    return guarded(app, args.host, args.allowed_host)
 
 
 def parse_args() -> argparse.Namespace:

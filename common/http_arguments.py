@@ -14,6 +14,15 @@ def add_http_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=port_number, default=env("PORT", "8000"), help="(env PORT, %(default)s)"
     )
     parser.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        default=env("ALLOWED_HOSTS", "").replace(",", " ").split(),
+        help="a name by which clients reach the server, beside localhost, IP addresses and --host; "
+        "may repeat; with none, a server on all addresses takes any (env ALLOWED_HOSTS, with "
+        "commas between them)",
+    )
+    parser.add_argument(
         "--max-in-flight",
         type=positive_int,
         default=env("MAX_IN_FLIGHT", "1024"),

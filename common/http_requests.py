@@ -1,14 +1,70 @@
 """What every request over HTTP gets: an id, and bounds on its body and on who may send it."""
 
 import asyncio
+import ipaddress
+import re
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
+from functools import lru_cache
 
-from common.protocol import PipelineError
+from common.http_errors import json_error
+from common.protocol import ErrorInfo, PipelineError
+from common.telemetry import request_log
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_HOST = re.compile(r"(?:\[([^]]*)\]|([^:]*?)\.?)(?::\d*)?")  # brackets are for IPv6 addresses
+
+
+def guarded(app: ASGIApp, host: str, allowed_hosts: Iterable[str]) -> ASGIApp:
+    """`app` on the address `host`, with ids for its requests and only for known host names."""
+    return with_request_id(with_known_hosts(app, host, allowed_hosts))
+
+
+def with_known_hosts(app: ASGIApp, host: str, allowed_hosts: Iterable[str]) -> ASGIApp:
+    """`app` for requests whose Host is an IP address, localhost, `host` or an allowed name.
+
+    A web page may have its own name resolved to our address ("DNS rebinding"): to the browser we
+    are its own site then, and it may read our answers. On all addresses and without allowed names
+    any Host is accepted. Source of the rule: `server.allowedHosts` of Vite,
+    https://vite.dev/config/server-options#server-allowedhosts.
+    """
+    names = {name.lower() for name in allowed_hosts}
+    bound = _address(host)
+    if not names and (not host or (bound is not None and bound.is_unspecified)):
+        return app
+    names |= {"localhost", host.lower()}
+
+    @lru_cache(maxsize=64)
+    def is_known(header: bytes) -> bool:
+        found = _HOST.fullmatch(header.decode("latin-1").lower())
+        if found is None:
+            return False
+        name = found[1] or found[2] or ""
+        return name in names or name.endswith(".localhost") or _address(name) is not None
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        for name, value in scope.get("headers", ()):
+            if name == b"host" and not is_known(value):
+                message = f"The host {value[:80].decode('latin-1')!r} is not known here; "
+                message += "the server's --allowed-host can name it."
+                request_log(scope["state"]["request_id"]).warning("refused: %s", message)
+                response = json_error(ErrorInfo("invalid_request", message))
+                response.status_code = 403
+                await response(scope, receive, send)
+                return
+        await app(scope, receive, send)
+
+    return checked
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:

@@ -21,7 +21,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _ERRORS = {
     400: "A parameter is wrong, missing, unknown or not supported; `param` names it.",
-    403: "The request comes from a web page of another site.",
+    403: "The request comes from a web page of another site, or is for a host unknown here.",
     404: "The model does not exist, or what else was named.",
     408: "The body did not come in time.",
     409: "Another request is changing the same conversation; this one changed nothing.",

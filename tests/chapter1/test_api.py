@@ -157,7 +157,9 @@ async def test_requests_count_before_their_bodies_have_come(
 ) -> None:
     """Clients that send their headers first and all their bodies at once are not all let in."""
     body = json.dumps(chat(max_tokens=5)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    )
     address = urlsplit(shared_pipeline.url)
     before = await metric_values(api)
     async with AsyncExitStack() as stack:
@@ -313,7 +315,7 @@ async def test_a_client_that_leaves_while_it_sends_the_body(
     before = await metric_values(api)
     address = urlsplit(shared_pipeline.url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{"
         connection.sendall(head.encode())
     await eventually(lambda: lines_about(frontend, "left before the whole request"))
     assert (await api.post(CHAT, json=chat(max_tokens=1))).status_code == 200
@@ -331,6 +333,16 @@ async def test_a_page_of_another_site_is_refused(api: httpx.AsyncClient) -> None
     check_error(response, 403, "another site")
     own = {"origin": str(api.base_url).rstrip("/")}
     assert (await api.post(CHAT, json=chat(max_tokens=1), headers=own)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics", "/nothing", CHAT])
+async def test_a_page_whose_name_resolves_to_us_is_refused(
+    api: httpx.AsyncClient, path: str
+) -> None:
+    """To its browser it is of our own site, so that it could read answers."""
+    headers = {"host": "evil.example", "sec-fetch-site": "same-origin"}
+    response = await api.request("POST" if path == CHAT else "GET", path, headers=headers)
+    check_error(response, 403, "'evil.example' is not known here")
 
 
 async def test_requests_one_after_another_on_one_connection(shared_pipeline: Pipeline) -> None:

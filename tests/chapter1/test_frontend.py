@@ -20,7 +20,7 @@ async def test_an_upload_that_stalls_does_not_hold_up_the_end(
         frontend = running.processes["frontend"]
         address = urlsplit(running.url)
         with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{body}"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{body}"
             connection.sendall(head.encode())
             await eventually(lambda: in_flight(running.url))
             frontend.terminate()

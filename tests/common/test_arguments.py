@@ -21,6 +21,13 @@ def test_environment_variables_are_defaults(monkeypatch: pytest.MonkeyPatch) -> 
     assert parsed("--port=65535").port == 65535
 
 
+def test_names_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parsed().allowed_host == []
+    assert parsed("--allowed-host=a", "--allowed-host", "b").allowed_host == ["a", "b"]
+    monkeypatch.setenv("ALLOWED_HOSTS", "c,d")
+    assert parsed().allowed_host == ["c", "d"]
+
+
 @pytest.mark.parametrize(
     ("flag", "variable", "value", "message"),
     [

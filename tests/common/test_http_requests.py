@@ -1,12 +1,13 @@
 """What requests over HTTP are refused for, and what their responses carry, in process."""
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from common.http_errors import EXCEPTION_HANDLERS, outcome
-from common.http_requests import read_body, refuse_other_sites, with_request_id
+from common.http_requests import guarded, read_body, refuse_other_sites, with_request_id
 from common.protocol import PipelineError
 
 import httpx
@@ -109,6 +110,55 @@ async def test_pages_of_other_sites_are_refused(headers: dict[str, str], allowed
     async with client(headers=headers) as http:
         response = await http.post("/", content=b"{}")
     assert response.status_code == (200 if allowed else 403)
+
+
+EVERYWHERE = str(ipaddress.IPv4Address(0))
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "names", "known"),
+    [
+        ("localhost:8000", "127.0.0.1", (), True),
+        ("LocalHost", "127.0.0.1", (), True),
+        ("localhost.:8000", "127.0.0.1", (), True),
+        ("chat.localhost:8000", "127.0.0.1", (), True),
+        ("127.0.0.1:8000", "127.0.0.1", (), True),
+        ("192.168.1.7", "127.0.0.1", (), True),
+        ("[::1]:8000", "::1", (), True),
+        ("[::1]", "::1", (), True),
+        ("box.lan:8000", "Box.lan", (), True),
+        ("box.lan:8000", "127.0.0.1", ("other.lan", "BOX.lan"), True),
+        ("box.lan:8000", EVERYWHERE, (), True),
+        ("box.lan:8000", "::", (), True),
+        ("box.lan", EVERYWHERE, ("box.lan",), True),
+        ("evil.example:8000", "127.0.0.1", (), False),
+        ("evil.example", EVERYWHERE, ("box.lan",), False),
+        ("localhost.evil.example", "127.0.0.1", (), False),
+        ("evillocalhost", "127.0.0.1", (), False),
+        ("127.0.0.1.evil.example", "127.0.0.1", (), False),
+        ("[::1].evil.example", "127.0.0.1", (), False),
+        ("evil.example:80:80", "127.0.0.1", (), False),
+        ("", "127.0.0.1", (), False),
+        ("\xff", "127.0.0.1", (), False),
+    ],
+)
+async def test_only_known_hosts_are_served(
+    host: str, bound: str, names: tuple[str, ...], known: bool
+) -> None:
+    """To the browser, a page whose name resolves to our address is a page of ours."""
+    app = guarded(Starlette(routes=ROUTES, exception_handlers=EXCEPTION_HANDLERS), bound, names)
+    headers = [(b"host", host.encode("latin-1")), (b"sec-fetch-site", b"same-origin")]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+        request = http.build_request("POST", "http://127.0.0.1:8000/", content=b"{}")
+        request.headers = httpx.Headers(headers)
+        for _ in range(2):
+            response = await http.send(request)
+            assert response.status_code == (200 if known else 403)
+            assert "x-request-id" in response.headers
+            if not known:
+                error = response.json()["error"]
+                assert error["type"] == "invalid_request_error"
+                assert "--allowed-host" in error["message"]
 
 
 async def test_a_body_over_the_limit() -> None:
