@@ -194,7 +194,7 @@ class Run:
         """
         if error.kind == "invalid_request" and error.param == "token_ids":
             self._estimate.too_low()
-            return True
+            return self.request.truncation == "auto"
         wait_s = error.retry_after_s or BACKOFF_S * 2**attempt
         passes = error.kind in ("overloaded", "unavailable") and number > 1
         if not passes or time.monotonic() + wait_s >= deadline:
@@ -204,11 +204,11 @@ class Run:
 
     def _kept(self, window: int) -> list[Item]:
         """What of all that was said the model is shown."""
-        rules: list[Item] = []
-        if self.request.instructions:
-            rules.append(MessageItem("system", self.request.instructions))
+        text = self.request.instructions
+        past = [*([MessageItem("system", text)] if text else []), *self.history]
         new = [*self.request.input, *self.items]
-        past = [*rules, *self.history]
+        if self.request.truncation == "disabled":
+            return [*past, *new]
         return fit(past, new, window_tokens=window, count=self._estimate.count)
 
     def _wanted(

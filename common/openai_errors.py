@@ -12,6 +12,7 @@ from common.openai_objects import ErrorDocument, ErrorObject
 from common.protocol import ErrorInfo, ErrorKind
 
 import msgspec
+from msgspec.structs import replace
 
 
 class FieldNames(Protocol):
@@ -50,13 +51,13 @@ def client_error(request: FieldNames, info: ErrorInfo) -> ErrorInfo:
         return info
     name = names[info.param]
     message = re.sub(rf"\b{info.param}\b", name, info.message)
-    return ErrorInfo(info.kind, message, name)
+    return replace(info, message=message, param=name)
 
 
 def error_response(info: ErrorInfo) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the JSON body that tell a client about `info`."""
     shape = _SHAPES[info.kind]
-    error = ErrorObject(info.message, shape.type, info.param, shape.code)
+    error = ErrorObject(info.message, shape.type, info.param, info.code or shape.code)
     body: dict[str, Any] = msgspec.to_builtins(ErrorDocument(error))
     return shape.status, body
 

@@ -44,6 +44,7 @@ def to_agent_request(
             seconds=nvext.timeout_s or default.seconds,
             output_tokens=request.max_output_tokens or default.output_tokens,
         ),
+        truncation=asked.truncation,
         store=asked.store,
         user=request.user or request.safety_identifier or "",
         hints=hints,
@@ -74,6 +75,7 @@ def asked_of(request: ResponseRequest, created: int) -> Asked:
         safety_identifier=request.safety_identifier,
         user=request.user,
         store=request.store is not False,
+        truncation=request.truncation or "auto",
         include=list(request.include or []),
     )
 

@@ -139,7 +139,7 @@ class Asked(msgspec.Struct):
     safety_identifier: str | None
     user: str | None
     store: bool
-    truncation: Literal["auto"] = "auto"
+    truncation: Literal["auto", "disabled"] = "auto"
     background: Literal[False] = False
     include: list[str] = []
 

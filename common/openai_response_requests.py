@@ -190,8 +190,11 @@ class ResponseRequest(StrictModel):
         Field(description=f"a list of any of {', '.join(get_args(Includable))}"),
     ] = None
     truncation: Annotated[
-        Literal["auto"] | None,
-        Field(description='"auto": what was said first goes when it is too much for the model'),
+        Literal["auto", "disabled"] | None,
+        Field(
+            description='"auto" (default): what was said first goes when it is too much for the '
+            'model; "disabled": the request is refused then'
+        ),
     ] = None
     store: Annotated[bool | None, Field(description="true or false; default true")] = None
     stream: Annotated[bool | None, Field(description="true or false")] = None

@@ -50,4 +50,5 @@ def check_fits(prompt: list[int], context_length: int) -> None:
             f"the prompt has {len(prompt)} tokens, but the context length is {context_length} "
             "tokens and must also have room for one token of output",
             "token_ids",
+            code="context_length_exceeded",
         )

@@ -95,7 +95,8 @@ class AgentRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     `previous_response_id` or `conversation` names what was said before. `functions` are the
     caller's: a call of one ends the run. `plan` names tools that the first steps must call, in
     this order; after them `tool_choice` holds for one step, and then the model is free.
-    `sampling.json_schema` is for the final answer. With `store` the run can be continued, and
+    `sampling.json_schema` is for the final answer. Without `truncation` a run fails whose past and
+    input are too long for the model; else the oldest go. With `store` the run can be continued, and
     what of the HTTP response only the request says, `document`, is kept with it.
     """
 
@@ -112,6 +113,7 @@ class AgentRequest(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
     plan: list[str] = []
     sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
     budget: Budget = msgspec.field(default_factory=Budget)
+    truncation: Literal["auto", "disabled"] = "auto"
     store: bool = True
     user: str = ""
     hints: RoutingHints = msgspec.field(default_factory=RoutingHints)

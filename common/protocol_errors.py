@@ -20,13 +20,14 @@ class ErrorInfo(msgspec.Struct, omit_defaults=True):
     """Why a request failed; travels in-band so that every hop keeps the kind.
 
     `param` names the request field at fault, if there is one. `retry_after_s` is when trying
-    again may help, where somebody can tell.
+    again may help, where somebody can tell. `code` is OpenAI's, where the kind does not imply it.
     """
 
     kind: ErrorKind
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    code: Literal["context_length_exceeded"] | None = None
 
 
 class PipelineError(Exception):
@@ -39,13 +40,15 @@ class PipelineError(Exception):
         param: str | None = None,
         *,
         retry_after_s: float | None = None,
+        code: Literal["context_length_exceeded"] | None = None,
     ) -> None:
         super().__init__(message)
-        self.info = ErrorInfo(kind, message, param, retry_after_s)
+        self.info = ErrorInfo(kind, message, param, retry_after_s, code)
 
     @classmethod
     def of(cls, info: ErrorInfo) -> "PipelineError":
-        return cls(info.kind, info.message, info.param, retry_after_s=info.retry_after_s)
+        after = info.retry_after_s
+        return cls(info.kind, info.message, info.param, retry_after_s=after, code=info.code)
 
 
 def hop_error(error: Exception, component: str) -> ErrorInfo:

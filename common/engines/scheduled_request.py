@@ -155,6 +155,7 @@ def schedule(
             f"the prompt has {prompt} tokens, but the context length is {context_length} tokens "
             "and must also have room for one token of output",
             "token_ids",
+            code="context_length_exceeded",
         )
     if sampling.max_tokens is not None and not 1 <= sampling.max_tokens <= room:
         raise PipelineError(

@@ -228,6 +228,26 @@ async def test_a_run_that_cannot_begin_is_a_status(api: openai.AsyncOpenAI) -> N
         await api.responses.create(model=MODEL, input="Hello", tools=[elsewhere])
 
 
+async def test_without_truncation_what_is_too_long_is_refused(api: openai.AsyncOpenAI) -> None:
+    conversation = f"conv_{uuid.uuid4().hex}"
+    text = "Hello" + " the" * 4500  # two of them are more than the context has room for
+    first = await api.responses.create(
+        model=MODEL, input=text, conversation=conversation, truncation="disabled"
+    )
+    assert first.truncation == "disabled"
+    with pytest.raises(openai.BadRequestError, match="context length") as caught:
+        await api.responses.create(
+            model=MODEL, input=text, conversation=conversation, truncation="disabled"
+        )
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+    second = await api.responses.create(model=MODEL, input=text, conversation=conversation)
+    assert (second.status, second.truncation) == ("completed", "auto")
+    chat: Any = [{"role": "user", "content": text}] * 2
+    with pytest.raises(openai.BadRequestError) as caught:
+        await api.chat.completions.create(model=MODEL, messages=chat)
+    assert caught.value.code == "context_length_exceeded"
+
+
 async def test_a_client_that_leaves_ends_the_run_and_its_tool(
     api: openai.AsyncOpenAI, running: Pipeline
 ) -> None:

@@ -271,7 +271,7 @@ def test_functions_that_were_called_at_once_are_of_one_step() -> None:
         ({"conversation": "*"}, "conversation.id", "letters"),
         ({"conversation": "a", "previous_response_id": "b"}, "conversation", "Not together"),
         ({"user": "a", "safety_identifier": "b"}, "safety_identifier", "Differs"),
-        ({"truncation": "disabled"}, "truncation", "'auto'"),
+        ({"truncation": "off"}, "truncation", "'auto'"),
         ({"include": ["message.output_text.logprobs"]}, "include[0]", "file_search_call.results"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.name", "Needed"),
         ({"text": {"format": {"type": "text", "name": "a"}}}, "text.format.name", "Only"),
