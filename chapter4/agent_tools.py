@@ -11,8 +11,8 @@ def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
 
     Raises:
         PipelineError: kind `invalid_request`: a set or tool does not exist, two have one name,
-            one is to be called that the request does not give, or the budget has no room for
-            what is to be called.
+            one is to be called that the request does not give, or of another set than it has,
+            or the budget has no room for what is to be called.
     """
     functions = {function.name for function in request.functions}
     own: dict[str, OwnTool] = {}
@@ -32,9 +32,15 @@ def own_tools(request: AgentRequest, toolbox: Toolbox) -> dict[str, OwnTool]:
             there_are = ", ".join(given) or "none"
             message = f"'{param}': {name!r} is no tool of this request; there are: {there_are}."
             raise PipelineError("invalid_request", message, param)
-    if request.tool_choice.mode == "required" and not given:
+    choice = request.tool_choice
+    if choice.name is not None and choice.server is not None:
+        found = own[choice.name].server if choice.name in own else "your functions"
+        if found != choice.server:
+            message = f"'tool_choice': {choice.name!r} is of {found}, not of {choice.server}."
+            raise PipelineError("invalid_request", message, "tool_choice")
+    if choice.mode == "required" and not given:
         raise PipelineError("invalid_request", "'tool_choice': There is no tool.", "tool_choice")
-    forced = len(request.plan) + (request.tool_choice.mode == "required")
+    forced = len(request.plan) + (choice.mode == "required")
     if forced >= request.budget.steps:
         message = f"'max_steps': {forced} forced calls and the answer take {forced + 1} steps."
         raise PipelineError("invalid_request", message, "max_steps")

@@ -132,11 +132,11 @@ class ResponseToolChoice(StrictModel):
             case "auto" | "none" | "required":
                 return ToolChoice(self.type)
             case "code_interpreter":
-                return ToolChoice("required", PYTHON_TOOL)
+                return ToolChoice("required", PYTHON_TOOL, BUILTIN)
             case "file_search":
-                return ToolChoice("required", DOCUMENTS_TOOL)
+                return ToolChoice("required", DOCUMENTS_TOOL, BUILTIN)
             case _:
-                return ToolChoice("required", self.name)
+                return ToolChoice("required", self.name, self.server_label)
 
     def problem(self, tools: list[ResponseFunction | OwnTool]) -> str | None:
         """Why it cannot be among these tools, as far as can be told without the sets' contents."""

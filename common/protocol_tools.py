@@ -20,10 +20,14 @@ class FunctionTool(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tru
 
 
 class ToolChoice(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """Whether the model may call, must call (`required`), or must call `name` (`required`, too)."""
+    """Whether the model may call, must call (`required`), or must call `name` (`required`, too).
+
+    `server` is the set of an agent's tools that `name` is meant to be of.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
+    server: str | None = None
 
 
 class ToolCall(msgspec.Struct):

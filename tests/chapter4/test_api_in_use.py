@@ -1,6 +1,8 @@
 """Chapter 4's API with the official `openai` client, on a pipeline whose engine has a script."""
 
 import json
+import shlex
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from launch.pipeline import Pipeline
 from tests.chapter1.helpers import MODEL, eventually, http_client, is_healthy, nothing_in_flight
 from tests.chapter4.scripted import CALL, scripted_pipeline
+from tests.project_files import ROOT
 
 import openai
 import pytest
@@ -30,6 +33,7 @@ SCRIPT = [
     (r"Which city", '{"city": "Paris"}'),
     (r"Hello", "Hello, you."),
 ]
+MCP_SERVER = shlex.join([sys.executable, str(ROOT / "tests" / "chapter4" / "mcp_server.py")])
 BUILTIN: Any = {
     "type": "mcp",
     "server_label": "builtin",
@@ -49,7 +53,8 @@ async def running(
     servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Pipeline]:
     folder = tmp_path_factory.mktemp("script")
-    async with scripted_pipeline(servers, folder, SCRIPT) as running:
+    arguments = {"agent": ["--mcp", f"adder={MCP_SERVER}"]}
+    async with scripted_pipeline(servers, folder, SCRIPT, arguments) as running:
         yield running
 
 
@@ -226,6 +231,28 @@ async def test_a_run_that_cannot_begin_is_a_status(api: openai.AsyncOpenAI) -> N
     elsewhere: Any = {**BUILTIN, "server_label": "elsewhere"}
     with pytest.raises(openai.BadRequestError, match="elsewhere"):
         await api.responses.create(model=MODEL, input="Hello", tools=[elsewhere])
+
+
+async def test_a_choice_is_of_the_set_that_it_names(api: openai.AsyncOpenAI) -> None:
+    """Both sets are whole: only the agent knows what is in them."""
+    sets: Any = [
+        {"type": "mcp", "server_label": label, "require_approval": "never"}
+        for label in ("builtin", "adder")
+    ]
+    for label, name in (("adder", "calculator"), ("builtin", "add"), ("adder", "multiply")):
+        choice: Any = {"type": "mcp", "server_label": label, "name": name}
+        with pytest.raises(openai.BadRequestError, match=name) as caught:
+            await api.responses.create(
+                model=MODEL, input="Hello", tools=sets, tool_choice=choice, store=False
+            )
+        assert caught.value.param == "tool_choice"
+    choice = {"type": "mcp", "server_label": "adder", "name": "f"}
+    function: Any = {"type": "function", "name": "f", "parameters": {}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await api.responses.create(
+            model=MODEL, input="Hello", tools=[*sets, function], tool_choice=choice
+        )
+    assert caught.value.param == "tool_choice"
 
 
 async def test_without_truncation_what_is_too_long_is_refused(api: openai.AsyncOpenAI) -> None:

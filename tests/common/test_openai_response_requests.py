@@ -117,9 +117,12 @@ def test_a_conversation_is_an_id_or_has_one(value: Any) -> None:
         ("auto", ToolChoice()),
         ("none", ToolChoice("none")),
         ({"type": "function", "name": "weather"}, ToolChoice("required", "weather")),
-        ({"type": "mcp", "server_label": "builtin", "name": "x"}, ToolChoice("required", "x")),
-        ({"type": "code_interpreter"}, ToolChoice("required", "python")),
-        ({"type": "file_search"}, ToolChoice("required", "search_documents")),
+        (
+            {"type": "mcp", "server_label": "builtin", "name": "x"},
+            ToolChoice("required", "x", "builtin"),
+        ),
+        ({"type": "code_interpreter"}, ToolChoice("required", "python", "builtin")),
+        ({"type": "file_search"}, ToolChoice("required", "search_documents", "builtin")),
     ],
 )
 def test_choices(choice: Any, wanted: ToolChoice) -> None:
@@ -149,7 +152,9 @@ def test_a_tool_of_one_set_is_not_that_of_another(tools: list[Any], reason: str)
 def test_a_tool_of_a_set_may_be_chosen(allowed: list[str] | None) -> None:
     choice = {"type": "mcp", "server_label": "weather", "name": "f"}
     tools = [FUNCTION, MCP, CODE, {**WEATHER, "allowed_tools": allowed}]
-    assert sent(tools=tools, tool_choice=choice).tool_choice == ToolChoice("required", "f")
+    assert sent(tools=tools, tool_choice=choice).tool_choice == ToolChoice(
+        "required", "f", "weather"
+    )
 
 
 @pytest.mark.parametrize("allowed", [["a", "b"], {"tool_names": ["a", "b"]}])
