@@ -27,6 +27,7 @@ ANSWER_S = 3.0  # the longest that an operation takes: to reconnect, and to be a
 RECONNECT_S = 1
 PING_S = 5  # a server that answers none of two in a row is connected to anew
 OVERHEAD = 4096  # of max_payload: subject, headers
+FULL_S = 60.0  # when trying again may help: somebody must have deleted something
 STORE_FULL = (10047, 10077)  # no room for the message in the account, in the stream
 MISSING = (nats.errors.NoRespondersError, nats.js.errors.NoStreamResponseError)
 OTHER_SETTINGS = 10058  # the stream exists, but not like this
@@ -115,7 +116,8 @@ def _failure(error: Exception) -> Exception:
         if _is_wrong_revision(error):
             return error
         if error.err_code in STORE_FULL:
-            return PipelineError("overloaded", "The store of sessions and notes is full.")
+            message = "The store of sessions and notes is full; delete some, or store nothing."
+            return PipelineError("overloaded", message, retry_after_s=FULL_S)
     reason = str(error) or "no answer"
     return PipelineError("unavailable", f"The store in NATS is unavailable: {reason}")
 

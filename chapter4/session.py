@@ -117,6 +117,7 @@ class Session:
                 found = await self._store.session(self.id)
                 if found and any(ref.id == response_id for ref in found.record.turns):
                     return  # an earlier try did it, and another run goes on already
+            if error.info.kind in ("conflict", "overloaded"):
                 await self._store.forget_turns([response_id])
             raise
 

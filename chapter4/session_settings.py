@@ -4,7 +4,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from common.arguments import positive_seconds
+from common.arguments import positive_int, positive_seconds
 
 LEASE_S = 6.0
 
@@ -15,8 +15,9 @@ class SessionSettings:
 
     A turn or a session is forgotten `ttl_s` after it was written last. Over `max_turns` or
     `max_session` the oldest turns of a session go. `max_turn` is for one turn, and never more
-    than a message of NATS can have. `max_store` is for all of them, and NATS reserves it; None
-    is as much as NATS has. When it is reached, nothing is stored until something expires.
+    than a message of NATS can have. `max_store` is for all of them, and again for all notes, and
+    NATS reserves it; None is as much as NATS has. When it is reached, nothing is stored until
+    something expires or is deleted.
 
     A run has its session for `lease_s` and renews that while it lives: so long after its death
     the session is free again. The clocks of the agents' machines should agree within a second.
@@ -39,7 +40,15 @@ def add_session_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("SESSION_TTL", str(int(SessionSettings.ttl_s))),
         help="forget what was said, and notes, after so long (env SESSION_TTL, %(default)s)",
     )
+    parser.add_argument(
+        "--max-store",
+        type=positive_int,
+        metavar="BYTES",
+        default=os.environ.get("MAX_STORE") or None,
+        help="NATS reserves so much for all sessions, and as much for all notes; when it is full, "
+        "runs get a 429 until something expires or is deleted (env MAX_STORE; else what NATS has)",
+    )
 
 
 def session_settings(args: argparse.Namespace) -> SessionSettings:
-    return SessionSettings(ttl_s=args.session_ttl)
+    return SessionSettings(ttl_s=args.session_ttl, max_store=args.max_store)

@@ -1,12 +1,17 @@
 """Sessions in NATS: any replica goes on with any of them, and of two runs at once one has it."""
 
+import argparse
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
-from chapter4.session_settings import SessionSettings
+from chapter4.session_settings import (
+    SessionSettings,
+    add_session_arguments,
+    session_settings,
+)
 from chapter4.sessions import Sessions, open_sessions
 from common.protocol import ErrorInfo, PipelineError, Usage
 from common.protocol_agent import (
@@ -458,14 +463,56 @@ async def test_a_turn_of_the_largest_size_fits_into_a_message(replica: Open) -> 
         assert stored.output[0] == half[0]
 
 
-async def test_a_full_store_says_so(replica: Open) -> None:
+async def test_a_full_store_says_so_and_has_room_again_for_what_is_deleted(replica: Open) -> None:
     async with replica(max_store=20_000) as sessions:
+        ids: list[str] = []
 
-        async def fill() -> None:
-            for _ in range(20):
-                await turn(sessions, "x" * 1000)
+        async def fill(size: int) -> None:
+            for _ in range(200):
+                ids.append(await turn(sessions, "x" * size, conversation="c"))
 
-        assert await refused(fill()) == "overloaded"
+        with pytest.raises(PipelineError, match="is full; delete") as caught:
+            await fill(1000)
+        assert caught.value.info.kind == "overloaded"
+        assert await refused(fill(1)) == "overloaded"  # the last hundreds of bytes
+        assert await said(sessions, conversation="c")
+        assert (await sessions.get(ids[0])).id == ids[0]
+        await sessions.delete(ids[0])
+        await sessions.delete(ids[1])
+        await turn(sessions, "x" * 500, conversation="c")
+        assert await refused(fill(1000)) == "overloaded"
+        await sessions.delete_conversation("c")
+        await turn(sessions, "x" * 1000, conversation="c")
+
+
+async def test_a_turn_for_which_its_session_has_no_room_is_not_left_behind(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: Any) -> None:
+        raise PipelineError("overloaded", "full")
+
+    wanted = request("a", conversation="c")
+    async with await sessions.begin(wanted) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions._store, "change", full)
+            assert await refused(session.commit([], ENDED)) == "overloaded"
+    assert await sessions._store.turn(wanted.response_id) is None
+    await turn(sessions, "b", conversation="c")
+    assert await said(sessions, conversation="c") == ["b", "re: b"]
+
+
+def test_the_bound_of_the_store_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(*arguments: str) -> SessionSettings:
+        parser = argparse.ArgumentParser()
+        add_session_arguments(parser)
+        return session_settings(parser.parse_args(arguments))
+
+    assert settings().max_store is None
+    assert settings("--max-store=1000000").max_store == 1_000_000
+    monkeypatch.setenv("MAX_STORE", "2000000")
+    assert settings().max_store == 2_000_000
+    with pytest.raises(SystemExit):
+        settings("--max-store=0")
 
 
 # Deletion
