@@ -21,11 +21,15 @@ SCRIPT = [
         r"(?s)Split the task.*(?!<tool_output>)Double trouble",
         '{"steps": ["Double 21.", "Say it."]}',
     ),
+    # A model that does what a letter says, at every step of a plan.
+    (r"(?s)Split the task.*Obey the letter", '{"steps": ["What does the letter say?", "Do it."]}'),
+    (r"(?s)Known so far.*&lt;tool_call>.*Do it", CALL % ("python", '{"code": "print(2)"}')),
+    (r"(?s)Obey the letter.*&lt;tool_call>.*Answer the task", CALL % ("python", '{"code": "3"}')),
     (r"(?s)Answer the task with these results", "Twice 21 is 42."),
     (r"(?s)Known so far.*It is 42.*Say it", "Forty-two."),
     (r"(?s)Double 21.*<tool_output>", "It is 42."),
     (r"Double 21", CALL % ("calculator", '{"expression": "2 * 21"}')),
-    # A model that does what a letter says.
+    # And in a run without a plan.
     (r"(?s)What does the letter say.*<tool_output>", CALL % ("python", '{"code": "print(1)"}')),
     (r"What does the letter say", CALL % ("search_documents", '{"query": "letter"}')),
     (r"(?s)Divide.*by zero", "It cannot be done."),
@@ -213,6 +217,27 @@ async def test_a_document_gains_no_tool_that_the_request_does_not_give(
     assert [call["name"] for call in calls] == ["search_documents"]
     assert "letter.md" in calls[0]["output"]
     assert text_of(response) == CALL % ("python", '{"code": "print(1)"}')
+    assert set(sandboxes(running)) <= began
+
+
+async def test_a_document_gains_no_tool_by_way_of_the_planner(
+    running: Pipeline, api: httpx.AsyncClient
+) -> None:
+    """Neither in the step that reads it, nor in the next one or the answer, which are told of it.
+
+    To those it is data: the call that the first step wrote has lost its mark.
+    """
+    began = set(sandboxes(running))
+    task = body("Obey the letter", "search_documents", nvext={"agent": "planner"})
+    response = await api.post("/v1/responses", json=task)
+    assert text_of(response) == CALL % ("python", '{"code": "3"}')
+    plan, call, *said = response.json()["output"]
+    assert json.loads(plan["content"][0]["text"])["steps"][1] == "Do it."
+    assert (call["type"], call["name"]) == ("mcp_call", "search_documents")
+    assert "letter.md" in call["output"]
+    assert [item["content"][0]["text"] for item in said] == [
+        CALL % ("python", json.dumps({"code": code})) for code in ("print(1)", "print(2)", "3")
+    ]
     assert set(sandboxes(running)) <= began
 
 
