@@ -9,10 +9,11 @@ import functools
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
+from common.json_schemas import depth, schema_problem
 from common.openai_fields import bad_value
 
-import jsonschema
 import msgspec
 
 MAX_SCHEMA_BYTES = 16 * 1024
@@ -53,14 +54,12 @@ def _problem(text: str) -> _Problem | None:
     if schema.get("type") != "object":
         found = msgspec.json.encode(schema.get("type")).decode()
         return f'Arguments are a JSON object: the type must be "object", not {found[:80]}.', "type"
-    if _depth(schema) > MAX_SCHEMA_DEPTH:
+    if depth(schema, MAX_SCHEMA_DEPTH) > MAX_SCHEMA_DEPTH:
         return (f"The schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.",)
+    if problem := schema_problem(schema):
+        return f"No valid JSON schema: {problem[0]}.", *problem[1:]
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        return f"No valid JSON schema: {error.message[:200]}.", *error.absolute_path
-    try:
-        _Expansion(schema).count(schema, ())
+        _Expansion(schema).count(schema, (), 1)
     except ValueError as error:
         return (str(error),)
     return None
@@ -71,22 +70,28 @@ class _Expansion:
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
-        self._counts: dict[str, int] = {}
+        # By id: the document keeps all of them, and one may have many names.
+        self._counts: dict[int, int] = {}
 
-    def count(self, schema: Any, within: tuple[str, ...]) -> int:
-        """How many schemas `schema` stands for; it is part of what the references `within` name.
+    def count(self, schema: Any, within: tuple[int, ...], level: int) -> int:
+        """How many schemas `schema` stands for; `within` are the references that led to it.
 
         Raises:
             ValueError: too many, or a reference that is refused.
         """
         if not isinstance(schema, dict):  # true or false
             return 1
-        total = 1 + sum(self.count(nested, within) for nested in _nested(schema))
+        if level > MAX_SCHEMA_DEPTH:
+            raise ValueError(
+                f"With its references followed, the schema is nested more than {MAX_SCHEMA_DEPTH} "
+                "levels deep."
+            )
+        total = 1 + sum(self.count(nested, within, level + 1) for nested in _nested(schema))
         for keyword in _REFUSED:
             if keyword in schema:
                 raise ValueError(f"'{keyword}' is not supported; '$ref' with '#/...' is.")
         if "$ref" in schema:
-            total += self._count_reference(schema["$ref"], within)
+            total += self._count_reference(schema["$ref"], within, level + 1)
         if total > MAX_EXPANDED_SCHEMAS:
             raise ValueError(
                 f"With its references followed, the schema has more than {MAX_EXPANDED_SCHEMAS} "
@@ -94,17 +99,18 @@ class _Expansion:
             )
         return total
 
-    def _count_reference(self, reference: Any, within: tuple[str, ...]) -> int:
+    def _count_reference(self, reference: Any, within: tuple[int, ...], level: int) -> int:
         if not isinstance(reference, str):  # possible where the keyword around it is unknown
             raise ValueError("A '$ref' is text such as '#/$defs/Name'.")
-        if reference in within:
+        target = self._target(reference)
+        key = id(target)
+        if key in within:
             raise ValueError(f"The schema is recursive: '{reference[:80]}' is part of itself.")
-        if len(within) == MAX_SCHEMA_DEPTH:
-            raise ValueError(f"References lead on more than {MAX_SCHEMA_DEPTH} times.")
-        if reference not in self._counts:
-            target = self._target(reference)
-            self._counts[reference] = self.count(target, (*within, reference))
-        return self._counts[reference]
+        if key not in self._counts:
+            if schema_problem(target):  # below an unknown keyword is anything
+                raise ValueError(f"'{reference[:80]}' names no schema.")
+            self._counts[key] = self.count(target, (*within, key), level)
+        return self._counts[key]
 
     def _target(self, reference: str) -> Any:
         """What `reference`, such as `#/$defs/Place`, stands for."""
@@ -112,10 +118,8 @@ class _Expansion:
             raise ValueError(f"'{reference[:80]}' is not in the schema; '#/...' would be.")
         node: Any = self._root
         for step in reference.split("/")[1:]:
-            name = step.replace("~1", "/").replace("~0", "~")
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
             node = node.get(name) if isinstance(node, dict) else None
-        if not isinstance(node, dict | bool):
-            raise ValueError(f"'{reference[:80]}' names no schema.")
         return node
 
 
@@ -128,17 +132,3 @@ def _nested(schema: dict[str, Any]) -> Iterator[Any]:
             yield value
         elif isinstance(value, list) and keyword not in _PLAIN_VALUES:
             yield from (item for item in value if isinstance(item, dict))
-
-
-def _depth(node: Any) -> int:
-    depth = 0
-    level = [node]
-    while level:
-        depth += 1
-        children = (
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        )
-        level = [child for child in children if isinstance(child, dict | list)]
-    return depth

@@ -4,13 +4,8 @@ import json
 from functools import lru_cache
 
 from common.engines.json_schema import MAX_SCHEMA_BYTES, check_schema_numbers
+from common.json_schemas import schema_problem
 from common.tool_schema_refs import SchemaError
-
-import jsonschema
-from jsonschema.validators import (
-    Draft202012Validator,
-    validator_for,
-)
 
 
 @lru_cache(256)
@@ -24,8 +19,6 @@ def check(text: str) -> None:
     if len(text.encode()) > MAX_SCHEMA_BYTES:
         raise SchemaError(f"they have more than {MAX_SCHEMA_BYTES} bytes")
     check_schema_numbers(text)
-    schema = json.loads(text)
-    try:
-        validator_for(schema, Draft202012Validator).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise SchemaError(f"{error.json_path}: {error.message[:200]}") from error
+    if problem := schema_problem(json.loads(text)):
+        message, *path = problem
+        raise SchemaError(f"{'.'.join(map(str, path)) or 'the schema'}: {message}")

@@ -4,6 +4,8 @@ from collections import Counter
 from typing import Any
 from urllib.parse import unquote
 
+from common.json_schemas import schema_problem
+
 MAX_REFERENCES = 256
 
 
@@ -16,19 +18,28 @@ class References:
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
+        self._schemas: set[int] = set()  # by id: the document keeps all of them
         self._recursive: dict[str, bool] = {}
         self._within: dict[str, set[str]] = {}
 
-    def target(self, pointer: Any) -> Any:
+    def target(self, pointer: str) -> Any:
         """The schema at a JSON pointer (RFC 6901) such as `#` or `#/$defs/x`.
 
         Raises:
             SchemaError: there is none.
         """
-        if pointer != "#" and not str(pointer).startswith("#/"):
+        found = self._found(pointer)
+        if id(found) not in self._schemas:
+            if problem := schema_problem(found):  # below an unknown keyword is anything
+                raise SchemaError(f"$ref {pointer!r} points to no schema: {problem[0]}")
+            self._schemas.add(id(found))
+        return found
+
+    def _found(self, pointer: str) -> Any:
+        if pointer != "#" and not pointer.startswith("#/"):
             raise SchemaError(f"$ref {pointer!r} must begin with '#/': nothing is fetched")
         found: Any = self._root
-        for part in str(pointer).split("/")[1:]:
+        for part in pointer.split("/")[1:]:
             key = unquote(part).replace("~1", "/").replace("~0", "~")
             try:
                 found = found[int(key)] if isinstance(found, list) else found[key]

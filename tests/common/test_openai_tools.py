@@ -18,11 +18,13 @@ from common.openai_unsupported import TOOL_MESSAGE_MEMBERS, TOOL_PARAMETERS
 from common.protocol import ChatMessage, ErrorInfo, PipelineError, TextOutput, Usage, to_wire
 from common.protocol_agent import ToolProcessRequest
 from common.protocol_tools import FunctionTool, ToolCall, ToolCallDelta, ToolChoice
+from common.tool_grammar import LIMITS
+from common.tool_schema import tightened
 
 import jsonschema_rs
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 USER = {"role": "user", "content": "Weather in Paris?"}
@@ -237,6 +239,17 @@ def chain(links: int) -> dict[str, Any]:
     return {"type": "object", "$defs": {**definitions, f"d{links}": {}}}
 
 
+def ladder() -> dict[str, Any]:
+    """Neither references nor schemas are nested too deep, but both together."""
+    definitions: dict[str, Any] = {}
+    for level in range(30):
+        step: dict[str, Any] = {"$ref": f"#/$defs/{level + 1}"}
+        for _ in range(27):
+            step = {"not": step}
+        definitions[str(level)] = step
+    return {"type": "object", "$defs": {**definitions, "30": {}}}
+
+
 TREE = {"type": "object", "properties": {"child": {"$ref": "#/$defs/tree"}}}
 
 
@@ -245,17 +258,19 @@ TREE = {"type": "object", "properties": {"child": {"$ref": "#/$defs/tree"}}}
     [
         ({"type": "string"}, ".type", 'must be "object", not "string"'),
         ({"properties": {}}, ".type", 'must be "object", not null'),
-        ({"type": "object", "properties": {"a": {"type": "text"}}}, ".properties.a.type", "'text'"),
-        ({"type": "object", "properties": 5}, ".properties", "not of type 'object'"),
+        ({"type": "object", "properties": {"a": {"type": "text"}}}, ".properties.a.type", '"text"'),
+        ({"type": "object", "properties": 5}, ".properties", 'not of type "object"'),
         ({"type": "object", "title": "x" * MAX_SCHEMA_BYTES}, "", "over the limit"),
         (nested(40), "", "more than 32 levels"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}}, "", "recursive: '#'"),
         ({"type": "object", "$defs": {"tree": TREE}}, "", "recursive: '#/$defs/tree'"),
         (doubling(14), "", "more than 2048 schemas"),
-        (chain(40), "", "more than 32 times"),
+        (chain(40), "", "more than 32 levels"),
+        (ladder(), "", "more than 32 levels"),
         ({"type": "object", "$ref": "https://example.org/x"}, "", "is not in the schema"),
         ({"type": "object", "$ref": "#/$defs/x"}, "", "names no schema"),
         ({"type": "object", "x": {"$ref": True}}, "", "'$ref' is text"),
+        ({"type": "object", "$ref": "#/x", "x": {"properties": 5}}, "", "'#/x' names no schema"),
         ({"type": "object", "$id": "https://example.org/x"}, "", "'$id' is not supported"),
         ({"type": "object", "default": float("nan")}, "", "NaN"),
     ],
@@ -308,19 +323,23 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-keywords = st.sampled_from(["type", "properties", "$defs", "$ref", "items", "anyOf", "enum", "x"])
+keywords = st.sampled_from(
+    [
+        *("type", "properties", "$defs", "$ref", "items", "anyOf", "oneOf", "allOf", "enum"),
+        *("const", "required", "maxLength", "additionalProperties", "prefixItems", "x"),
+    ]
+)
 schema_like = st.recursive(
-    st.sampled_from(["object", "string", "#", "#/$defs/x", True, 1, None]),
+    st.sampled_from(["object", "string", "#/$defs/x", "#/x", "#/x/0", "#/x/x", True, 1, None]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keywords, inner, max_size=4),
     max_leaves=12,
 )
 
 
-@given(st.dictionaries(keywords, schema_like, max_size=4), json_values, json_values)
-def test_arbitrary_tools_are_parsed_or_refused(schema: Any, messages: Any, choice: Any) -> None:
+@given(json_values, json_values)
+def test_arbitrary_messages_and_choices_are_parsed_or_refused(messages: Any, choice: Any) -> None:
     """Nothing but the one error type leaves the parser, and what it accepts can be sent on."""
     for parameters in (
-        {"tools": [tool(parameters={"type": "object", **schema})]},
         {"tools": [tool()], "messages": messages},
         {"tools": [tool()], "tool_choice": choice},
     ):
@@ -329,6 +348,27 @@ def test_arbitrary_tools_are_parsed_or_refused(schema: Any, messages: Any, choic
         except PipelineError as error:
             outcome = to_wire(error.info)
         assert msgspec.msgpack.encode(outcome)
+
+
+schemas = st.dictionaries(keywords, schema_like, max_size=4)
+
+
+@given(schemas | st.builds(lambda x: {"properties": {"a": {"$ref": "#/x"}}, "x": x}, schemas))
+@example({"properties": {"a": {"$ref": "#/x"}}, "x": {"properties": 5}})
+@example({"properties": {"a": {"$ref": "#/x"}}, "x": {"required": 5}})
+def test_arbitrary_schemas_are_usable_or_refused(schema: Any) -> None:
+    """Also behind references into keywords that nobody knows, where anything may be."""
+    schema = {"type": "object", **schema}
+    outcomes: list[Any] = []
+    try:
+        outcomes.append(to_wire(sent(tools=[tool(parameters=schema)])))
+    except PipelineError as error:
+        outcomes.append(to_wire(error.info))
+    try:
+        outcomes.append(tightened(FunctionTool("f", "", schema), LIMITS[0], {}, "t"))
+    except PipelineError as error:
+        outcomes.append(to_wire(error.info))
+    assert all(map(msgspec.msgpack.encode, outcomes))
 
 
 CALLS = [

@@ -16,7 +16,7 @@ from common.tool_schema import tightened
 from common.tool_schema_any import Limits
 from common.tool_schema_size import longest
 
-import jsonschema
+import jsonschema_rs
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -68,7 +68,7 @@ def tool(schema: dict[str, Any] | None) -> FunctionTool:
 def test_what_matches_the_tightened_schema_matches_the_tools_own(seed: int, tokens: int) -> None:
     [made] = tools_of(seed, 1)
     document = some_document(arguments_schema(made, tokens), Random(seed))
-    jsonschema.Draft202012Validator(made.parameters or {}).validate(document)
+    jsonschema_rs.validate(made.parameters or {}, document)
 
 
 @settings(max_examples=10, deadline=None)
@@ -79,9 +79,7 @@ def test_calls_of_several_tools_match_their_schemas(seed: int, several: bool) ->
     schema = calls_schema(list(made.values()), "arguments", 500, most=3 if several else None)
     calls = some_document(schema, Random(seed))
     for call in calls if several else [calls]:
-        jsonschema.Draft202012Validator(made[call["name"]].parameters or {}).validate(
-            call["arguments"]
-        )
+        jsonschema_rs.validate(made[call["name"]].parameters or {}, call["arguments"])
     assert not several or 1 <= len(calls) <= 3
 
 
@@ -149,7 +147,7 @@ def test_bounds_by_example(schema: dict[str, Any] | None, good: list[Any], bad: 
     text = json.dumps({**tight, "$defs": definitions})
     for document in good:
         assert accepts(text, document), document
-        jsonschema.Draft202012Validator(schema or {}).validate(document)
+        jsonschema_rs.validate(schema or {}, document)
     for document in bad:
         assert not accepts(text, document), document
 
@@ -160,10 +158,11 @@ def test_bounds_by_example(schema: dict[str, Any] | None, good: list[Any], bad: 
         (parameters(x={"not": {"type": "string"}}), "'not' is not supported"),
         (parameters(x={"$ref": "https://example.com/x"}), "nothing is fetched"),
         (parameters(x={"$ref": "#/$defs/none"}), "points to nothing"),
-        (parameters(x={"type": "text"}), "is not valid under any of the given schemas"),
+        (parameters(x={"type": "text"}), '"text" is not valid'),
         (parameters(x={"oneOf": [{"type": "string"}, {"minLength": 2}]}), "exclude each other"),
         (parameters(x={"type": "integer", "maximum": 10**30}), "maximum is"),
-        ({"type": "object", "properties": []}, "is not of type 'object'"),
+        ({"type": "object", "properties": []}, 'is not of type "object"'),
+        (parameters(x={"$ref": "#/x"}) | {"x": {"properties": 5}}, "points to no schema"),
         (parameters(**{f"x{n}": {"type": "string"} for n in range(3000)}), "bytes"),
     ],
 )
