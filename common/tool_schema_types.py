@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 KEYS_OF_TYPE: dict[str, tuple[str, ...]] = {
@@ -57,7 +59,7 @@ def bounded_number(own: dict[str, Any], *, integers: bool) -> dict[str, Any]:
         kept["minimum"] = -MAX_INTEGER
     if "maximum" not in own and "exclusiveMaximum" not in own:
         kept["maximum"] = MAX_INTEGER
-    if integers or "multipleOf" in own:
+    if integers:
         return kept
     low = max(kept.get("minimum", -math.inf), kept.get("exclusiveMinimum", -math.inf))
     high = min(kept.get("maximum", math.inf), kept.get("exclusiveMaximum", math.inf))
@@ -67,7 +69,30 @@ def bounded_number(own: dict[str, Any], *, integers: bool) -> dict[str, Any]:
         digits += math.ceil(-math.log10(high - low))
     elif low == high:
         return kept
-    return {**kept, "multipleOf": 10**-digits} if digits <= MAX_DECIMALS else kept
+    if digits > MAX_DECIMALS:
+        return kept
+    step = Decimal(10) ** -digits
+    # llguidance takes a whole number for within a range that ends with it: 0 above 0, up to 0.5.
+    kept |= _inclusive(kept, "exclusiveMinimum", "minimum", step, max)
+    kept |= _inclusive(kept, "exclusiveMaximum", "maximum", -step, min)
+    return kept if "multipleOf" in own else {**kept, "multipleOf": float(step)}
+
+
+def _inclusive(
+    kept: dict[str, Any],
+    exclusive: str,
+    inclusive: str,
+    step: Decimal,
+    tighter: Callable[[float, float], float],
+) -> dict[str, float]:
+    """The bound that is to take the place of an exclusive one, which is no longer kept then."""
+    if exclusive not in kept:
+        return {}
+    bound = float(Decimal(str(kept[exclusive])) + step)
+    if bound == kept[exclusive]:
+        return {}  # a float has no room for the step
+    del kept[exclusive]
+    return {inclusive: tighter(kept.get(inclusive, bound), bound)}
 
 
 def array_sizes(own: dict[str, Any], prefix: int, limit: int) -> dict[str, int]:
