@@ -216,9 +216,7 @@ class Run:
     ) -> ToolProcessRequest:
         request = self.request
         answers = choice == ANSWER
-        state: AgentState = "answering"
-        if not answers:
-            state = "calling" if choice.mode == "required" else "planning"
+        at_work: AgentState = "calling" if choice.mode == "required" else "planning"
         left = request.budget.output_tokens - self.usage.completion_tokens
         return ToolProcessRequest(
             model=request.model,
@@ -231,13 +229,14 @@ class Run:
             hints=replace(
                 request.hints,
                 session=request.hints.session or self.session,
-                agent_state=state,
+                agent_state="answering" if answers else at_work,
                 next_turn_s=None if answers else self.times.expected_s(),
                 step=number,
             ),
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=request.parallel_tool_calls,
+            cut_to_room=True,
         )
 
     def _add(self, usage: Usage) -> None:

@@ -81,8 +81,10 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         sampling, stop = request.sampling, request.stop
         prompt = await tokenize(model, request, calling.token_ids if calling else None)
         check_fits(prompt, engine_is.context_length)
+        room = engine_is.context_length - len(prompt)
+        if request.cut_to_room and sampling.max_tokens is not None:
+            sampling.max_tokens = min(sampling.max_tokens, room)
         if calling is not None:
-            room = engine_is.context_length - len(prompt)
             sampling = await asyncio.to_thread(calling.sampling, room)
             stop = calling.stop
         text = TextStream(

@@ -17,11 +17,15 @@ import msgspec
 
 
 class ToolProcessRequest(RoutedProcessRequest, omit_defaults=True, forbid_unknown_fields=True):
-    """The input of `processor.process` where the model may call tools."""
+    """The input of `processor.process` where the model may call tools.
+
+    With `cut_to_room`, a `max_tokens` that the context has no room for is no error, but cut.
+    """
 
     tools: list[FunctionTool] = msgspec.field(default_factory=list)
     tool_choice: ToolChoice = msgspec.field(default_factory=ToolChoice)
     parallel_tool_calls: bool = True
+    cut_to_room: bool = False
 
 
 class MessageItem(msgspec.Struct, tag="message", tag_field="type", omit_defaults=True):

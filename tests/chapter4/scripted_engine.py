@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chapter4.engine import parse_args, serve
 from common.engines.base import RequestContext
+from common.engines.scheduled_request import schedule
 from common.engines.simulated import SimulatedEngine, SimulatedSettings
 from common.model_files import DEFAULT_MODEL
 from common.protocol import EngineOutput, EngineTimings, GenerateRequest
@@ -22,6 +23,7 @@ from common.worker import Lifecycle, run
 from dynamo.runtime import DistributedRuntime, dynamo_worker
 
 PIECE = 3  # tokens an item
+VOCAB = 1 << 20
 
 
 class ScriptedEngine(SimulatedEngine):
@@ -35,6 +37,13 @@ class ScriptedEngine(SimulatedEngine):
     async def generate(
         self, request: GenerateRequest, context: RequestContext
     ) -> AsyncGenerator[EngineOutput, None]:
+        schedule(  # it refuses what an engine refuses
+            request,
+            context,
+            context_length=self.info.context_length,
+            vocab_size=VOCAB,
+            eog_ids=frozenset(),
+        )
         prompt = self._model.detokenizer().push(request.token_ids)
         answer = next((say for rule, say in self._rules if re.search(rule, prompt)), None)
         if answer is None:
