@@ -116,8 +116,10 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
                 yield output
                 if finished and may_end:
                     engine_context.stop_generating()
-        except PipelineError:
+        except PipelineError as error:
             if not context.is_stopped():  # else it is why the router gave no answer
+                if calling is not None and (refusal := calling.refusal(error)):
+                    raise refusal from error
                 raise
         except Exception as error:
             if finished:

@@ -119,6 +119,13 @@ class ToolCalling:
             schema = calls_schema(self._tools, key, tokens, most=most)
         return replace(sampling, json_schema=schema, stop_token_ids=[])
 
+    def refusal(self, error: PipelineError) -> PipelineError | None:
+        """What to say of an engine's refusal of the schema, if that is one of a forced call."""
+        if not self._forced or error.info.param != "json_schema":
+            return None
+        message = f"A call cannot be forced by the tools' parameters: {error.info.message}"
+        return PipelineError(error.info.kind, message, "tools")
+
     def token_ids(self) -> list[int]:
         """The prompt, with the tokens that the conversation had while it was made.
 

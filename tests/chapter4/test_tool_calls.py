@@ -132,6 +132,17 @@ async def test_a_schema_that_cannot_be_kept_to_is_refused(api: openai.AsyncOpenA
     assert caught.value.param == "tools"
 
 
+async def test_a_schema_that_the_engine_cannot_keep_to_is_refused(api: openai.AsyncOpenAI) -> None:
+    """It is the engine that finds out; the client learns where the schema came from."""
+    properties = {"x": {"type": "string", "pattern": "^(?=a)"}}
+    tool = FunctionTool("f", "", {"type": "object", "properties": properties})
+    with pytest.raises(openai.BadRequestError, match="look-around") as caught:
+        await api.chat.completions.create(
+            model=MODEL, messages=QUESTION, tools=[shape(tool)], tool_choice="required"
+        )
+    assert caught.value.param == "tools"
+
+
 async def test_another_engine_goes_on_in_the_midst_of_a_forced_call() -> None:
     """The call as the first engine would have ended it; with one at a time, greedy is exact."""
     model = load_text_model(DEFAULT_MODEL)
