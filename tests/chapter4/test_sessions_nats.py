@@ -109,10 +109,10 @@ async def test_a_nats_that_has_lost_its_store_is_used_again(
 async def test_while_nats_is_away_runs_are_refused_at_once(
     nats: Server, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_bucket, "ANSWER_S", 0.5)
     async with open_sessions(namespace) as sessions, open_notes(namespace) as notes:
         last = await turn(sessions, "a", conversation="c")
         await kill(nats.child)
+        monkeypatch.setattr(kv_bucket, "ANSWER_S", 0.5)
         async with asyncio.timeout(20):
             for wanted in (request(conversation="c"), request(previous_response_id=last)):
                 with pytest.raises(PipelineError, match="The store in NATS is unav") as caught:
@@ -143,14 +143,14 @@ async def test_a_run_that_ends_while_nats_is_away_is_stored_when_it_is_back(
 async def test_a_run_that_cannot_be_stored_says_so(
     nats: Server, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_bucket, "ANSWER_S", 0.3)
-    monkeypatch.setattr("chapter4.session.COMMIT_S", 0.5)
     async with (
         open_sessions(namespace) as sessions,
         await sessions.begin(request("b", conversation="c")) as session,
         asyncio.timeout(20),
     ):
         await kill(nats.child)
+        monkeypatch.setattr(kv_bucket, "ANSWER_S", 0.3)
+        monkeypatch.setattr("chapter4.session.COMMIT_S", 0.5)
         assert await refused(session.commit([], ENDED)) == "unavailable"
 
 
