@@ -25,10 +25,15 @@ class TurnRef(msgspec.Struct, omit_defaults=True):
 
 
 class Claim(msgspec.Struct):
-    """The run that may change the session, until a time in Unix seconds."""
+    """The run that may change the session, until a time in Unix seconds.
+
+    `response` is the id of its response: two runs have the same where the first one's agent died
+    before it had answered anything, and another agent is asked the same.
+    """
 
     holder: str
     until: float
+    response: str = ""
 
 
 class SessionRecord(msgspec.Struct, omit_defaults=True):

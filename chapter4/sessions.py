@@ -181,8 +181,9 @@ class Sessions:
             past = _until(record.turns, request.previous_response_id)
             forked = len(past) < len(record.turns)
             if request.store and not forked and (found or request.conversation is not None):
-                self._check_free(session_id, record)
-                record.claim = Claim(uuid.uuid4().hex, self._now() + self._settings.lease_s)
+                self._check_free(session_id, record, request.response_id)
+                until = self._now() + self._settings.lease_s
+                record.claim = Claim(uuid.uuid4().hex, until, request.response_id)
                 revision = await self._store.change(session_id, record, revision)
                 if revision is None:
                     continue  # another one was faster
@@ -211,8 +212,10 @@ class Sessions:
         store, settings = self._store, self._settings
         return Session(session_id, request, record, revision, store, settings, self._now)
 
-    def _check_free(self, session: str, record: SessionRecord) -> None:
-        if record.claim is not None and record.claim.until > self._now():
+    def _check_free(self, session: str, record: SessionRecord, response_id: str = "") -> None:
+        """Refuse a session that a run has, unless it was begun for the same response."""
+        claim = record.claim
+        if claim and claim.until > self._now() and claim.response != response_id:
             message = f"Another run has the session {session!r}; try again when it has ended."
             raise PipelineError("conflict", message)
 

@@ -215,6 +215,25 @@ async def test_the_claim_of_a_dead_run_expires(
     assert await said(other, conversation="c") == ["b", "re: b"]
 
 
+@pytest.mark.parametrize("past", [[], ["before"]])
+async def test_what_a_dead_agent_was_asked_another_can_do_at_once(
+    sessions: Sessions, other: Sessions, past: list[str]
+) -> None:
+    """The frontend asks another agent the same; the claim of the dead one is no hindrance."""
+    for text in past:
+        await turn(sessions, text, conversation="c")
+    wanted = request("a", conversation="c")
+    dead = await sessions.begin(wanted)
+    assert await refused(other.begin(request(conversation="c"))) == "conflict"
+    async with await other.begin(wanted) as session:
+        assert await refused(other.begin(request(conversation="c"))) == "conflict"
+        assert await refused(dead.commit([MessageItem("assistant", "late")], ENDED)) == "conflict"
+        await dead.release()  # as one does that was not dead at all
+        await session.commit([MessageItem("assistant", "re: a")], ENDED)
+    before = [text for one in past for text in (one, f"re: {one}")]
+    assert await said(other, conversation="c") == [*before, "a", "re: a"]
+
+
 @pytest.mark.parametrize("first", ["commits before", "commits after", "never commits"])
 async def test_a_paused_run_whose_claim_expired_fails(
     sessions: Sessions, other: Sessions, clock: Clock, first: str
