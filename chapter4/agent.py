@@ -68,7 +68,7 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
         open_toolbox(args, note_tools(notes)) as toolbox,
         open_sessions(args.namespace, settings) as sessions,
     ):
-        handlers: dict[str, Handler] = {"run": run_agent, **stored_handlers(sessions)}
+        handlers: dict[str, Handler] = {"run": run_agent, **stored_handlers(sessions, notes)}
         await life.serve(
             runtime,
             {f"{args.namespace}.agent.{name}": handler for name, handler in handlers.items()},

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
+from chapter4.notes import Notes
 from chapter4.sessions import Sessions
 from common.handlers import Handler
 from common.protocol import PipelineError, from_wire, to_wire
@@ -13,7 +14,7 @@ from dynamo.runtime import Context
 Q = TypeVar("Q")
 
 
-def stored_handlers(sessions: Sessions) -> dict[str, Handler]:
+def stored_handlers(sessions: Sessions, notes: Notes) -> dict[str, Handler]:
     """The handlers, by the endpoint's name."""
 
     async def get_response(query: StoredQuery) -> list[StoredOutput]:
@@ -36,6 +37,7 @@ def stored_handlers(sessions: Sessions) -> dict[str, Handler]:
 
     async def delete_conversation(query: StoredQuery) -> list[StoredOutput]:
         await sessions.delete_conversation(query.id, query.user)
+        await notes.forget_session(query.id)
         return [StoredOutput()]
 
     return {

@@ -16,6 +16,7 @@ from chapter4.kv_bucket import Bucket, open_bucket
 from chapter4.session_settings import SessionSettings
 from chapter4.tools import Tool, ToolContext, ToolError, function_tool
 from common.protocol import PipelineError
+from common.telemetry import log
 
 import bm25s
 import msgspec
@@ -109,6 +110,13 @@ class Notes:
 
         await self._change(context, remove)
         return f"Deleted note {note_id}."
+
+    async def forget_session(self, session: str) -> None:
+        """Delete the notes of a session that is deleted; a user's stay."""
+        try:
+            await self._bucket.delete(_key(ToolContext("", session)))
+        except PipelineError as error:
+            log.warning("the notes of session %s stay until they expire: %s", session, error)
 
     async def notes(self, context: ToolContext) -> list[Note]:
         """What is written down, the oldest first."""

@@ -1,5 +1,6 @@
 """Stored responses and conversations with the official `openai` client."""
 
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,6 +19,10 @@ SCRIPT = [
     (r"(?s)Add two.*<tool_output>.*Thanks", "You are welcome."),
     (r"(?s)Add two.*<tool_output>", "It is 4."),
     (r"Add two", CALL % ("calculator", '{"expression": "2+2"}')),
+    (r"(?s)Which notes.*<tool_output>", "Those."),
+    (r"Which notes", CALL % ("list_notes", "{}")),
+    (r"(?s)Note it.*<tool_output>", "Noted."),
+    (r"Note it", CALL % ("write_note", '{"text": "The code is 7."}')),
     (r"", "Hello, you."),
 ]
 BUILTIN: Any = {"type": "mcp", "server_label": "builtin", "require_approval": "never"}
@@ -67,6 +72,29 @@ async def test_a_conversation_is_created_used_and_deleted(api: openai.AsyncOpenA
             await gone
     with pytest.raises(openai.NotFoundError):
         await api.conversations.items.list(made.id)
+
+
+@pytest.mark.parametrize("user", ["", "carl"])
+async def test_a_conversations_notes_go_with_it_but_a_users_stay(
+    api: openai.AsyncOpenAI, user: str
+) -> None:
+    conversation = f"conv_{uuid.uuid4().hex}"
+    whose: Any = {"user": user} if user else {}
+
+    async def noted() -> bool:
+        response = await api.responses.create(
+            model=MODEL, input="Which notes?", conversation=conversation, tools=[BUILTIN], **whose
+        )
+        listed = response.output[0]
+        assert listed.type == "mcp_call"
+        return "The code is 7." in (listed.output or "")
+
+    await api.responses.create(
+        model=MODEL, input="Note it.", conversation=conversation, tools=[BUILTIN], **whose
+    )
+    assert await noted()
+    await api.conversations.delete(conversation, extra_query=whose)
+    assert await noted() == bool(user)
 
 
 async def test_a_conversation_that_a_run_began_is_one_too(api: openai.AsyncOpenAI) -> None:
