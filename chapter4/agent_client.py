@@ -1,7 +1,7 @@
 """The frontend's questions to the agent."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from common.dispatch import dispatch
 from common.openai import client_error
@@ -51,6 +51,21 @@ class Agent:
             get_turns=await client("agent.get_turns"),
             delete_conversation=await client("agent.delete_conversation"),
         )
+
+    async def wait_for_instances(self) -> None:
+        """Wait until an agent is listed for everything; each endpoint has a watch of its own."""
+        for field in fields(self):
+            if field.name != "planner":
+                await getattr(self, field.name).wait_for_instances()
+
+    async def check_answers(self) -> None:
+        """Raise a `PipelineError` unless an agent answers: it is listed a moment before it can."""
+        for endpoint in (self.get_response, self.get_conversation, self.get_turns):
+            try:
+                await _answers(endpoint, StoredQuery(""))
+            except PipelineError as error:
+                if error.info.kind != "not_found":
+                    raise
 
 
 async def ask_agent(

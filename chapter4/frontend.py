@@ -88,10 +88,11 @@ async def worker(runtime: DistributedRuntime, args: argparse.Namespace, life: Li
 
     async def chain_answers() -> None:
         await processor.wait_for_instances()  # each endpoint has a watch of its own
-        await agent.run.wait_for_instances()
+        await agent.wait_for_instances()
         while True:
             try:
                 await engine_info(processor_info, wait=True)
+                await agent.check_answers()
                 return
             except PipelineError as error:  # an instance that died is listed for a while
                 log.info("waiting: %s", error)
