@@ -177,7 +177,7 @@ async def test_another_engine_goes_on_in_the_midst_of_a_forced_call() -> None:
 async def test_the_engine_has_every_token_of_a_call_when_the_conversation_goes_on() -> None:
     """The tokens that it made itself are those of the next prompt.
 
-    Of a word, that is: for what a grammar leaves no choice, a model may take unusual tokens.
+    Unless they are unusual ones, which a model may take where a grammar leaves it little choice.
     """
     place = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
     tool = FunctionTool("find", "Find a place.", place)
@@ -185,6 +185,7 @@ async def test_the_engine_has_every_token_of_a_call_when_the_conversation_goes_o
     engine = await LlamaCppEngine.start(LlamaCppSettings(**ONE_THREAD))
     messages = [ChatMessage("user", "Find me a place to eat near the sea.")]
     known: list[int] = []
+    usual = 0  # so many of its tokens at least are those that its text has
     try:
         for _ in range(3):
             request = ToolProcessRequest(
@@ -196,13 +197,16 @@ async def test_the_engine_has_every_token_of_a_call_when_the_conversation_goes_o
             )
             calling = ToolCalling(model, request)
             prompt = calling.token_ids()
-            assert prompt[: len(known)] == known
+            assert prompt[:usual] == known[:usual]
             generate = GenerateRequest(prompt, calling.sampling(1000))
             items = [item async for item in engine.generate(generate, FakeContext())]
-            assert items[0].cached_tokens == len(known) // 16 * 16
+            assert (items[0].cached_tokens or 0) >= usual // 16 * 16
             made = [token for item in items for token in item.token_ids]
             known = [*prompt, *made]
-            output = calling.push(TextOutput(model.detokenizer().push(made), len(made)))
+            text = model.detokenizer().push(made)
+            as_written_later = json.dumps(json.loads(text), ensure_ascii=False)
+            usual = len(known) if made == model.encode(as_written_later) else len(prompt)
+            output = calling.push(TextOutput(text, len(made)))
             [delta] = output.tool_calls
             call = ToolCall(delta.id or "", tool.name, delta.arguments)
             result = ChatMessage("tool", "It is closed.", tool_call_id=call.id)
