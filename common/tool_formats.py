@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.tool_json import NotJsonError, WrittenCall, calls_in, value_end
+from common.tool_json import NotJsonError, WrittenCall, calls_in, is_json, value_end
 
 Tools = Mapping[str, dict[str, Any]]
 """The parameters' schemas of the tools that may be called, by name."""
@@ -141,18 +141,19 @@ def _xml_call(text: str, start: int, tools: Tools, over: bool) -> Found | None:
     if name not in tools:
         return Found(end.end(), [])
     schemas = tools[name].get("properties", {})
-    typed = {key: _typed(value, schemas.get(key)) for key, value in values.items()}
-    return Found(end.end(), [WrittenCall(name, json.dumps(typed, ensure_ascii=False))])
+    members = (f"{_quoted(key)}: {_json(value, schemas.get(key))}" for key, value in values.items())
+    call = WrittenCall(name, f"{{{', '.join(members)}}}")
+    return Found(end.end(), [call] if call.is_json() else [])
 
 
-def _typed(value: str, schema: Any) -> Any:
-    """A parameter's text as JSON, unless its schema says that it is a string."""
-    if isinstance(schema, dict) and schema.get("type") == "string":
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+def _json(value: str, schema: Any) -> str:
+    """A parameter's text as JSON: what it is, unless its schema says that it is a string."""
+    is_text = isinstance(schema, dict) and schema.get("type") == "string"
+    return value.strip() if not is_text and is_json(value) else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _parse_llama(text: str, tools: Tools, over: bool) -> Found | None:

@@ -96,3 +96,12 @@ def is_object(text: str) -> bool:
         return isinstance(msgspec.json.decode(text), dict)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
         return False
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is JSON that can be sent on: without NaN, and without half characters."""
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return False
+    return True

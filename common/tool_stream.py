@@ -11,7 +11,7 @@ from typing import Protocol
 from common.protocol import PipelineError
 from common.protocol_tools import ToolCallDelta
 from common.tool_formats import ToolFormat, Tools
-from common.tool_json import ValueEnd
+from common.tool_json import ValueEnd, is_json
 
 _FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
@@ -180,8 +180,7 @@ class ForcedCalls:
                 head = _HEAD.match(self._held)
                 if head is None:
                     break
-                name = json.loads(head[1])
-                if name not in self._tools:
+                if not is_json(head[1]) or (name := json.loads(head[1])) not in self._tools:
                     raise PipelineError("internal", "The engine did not keep to the JSON schema.")
                 pieces.append(new_call(self.calls, name))
                 self.calls += 1

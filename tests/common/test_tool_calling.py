@@ -370,10 +370,11 @@ def test_a_forced_call_that_is_cut_off_says_so() -> None:
     assert outputs_of(calling, '{"city": "Ro', finish="length")[-1].finish_reason == "length"
 
 
-def test_an_engine_that_calls_what_there_is_not_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["rm", "\\x", "\\ud800", "\n"])
+def test_an_engine_that_calls_what_there_is_not_is_an_error(name: str) -> None:
     calling = ToolCalling(SMOLLM2, request(tool_choice=REQUIRED))
     with pytest.raises(PipelineError, match="did not keep to the JSON schema"):
-        outputs_of(calling, '[{"name": "rm", "arguments": {}}]')
+        outputs_of(calling, f'[{{"name": "{name}", "arguments": {{}}}}]')
 
 
 CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'

@@ -98,6 +98,9 @@ GOLDEN: list[tuple[ToolFormat, str, str, Calls]] = [
     (QWEN_XML, "<tool_call><function=f><parameter=s>\n{} \u6f22 </function>\n</parameter>"
      "<parameter=a>[1]</parameter></function></tool_call>", "",
      [("f", '{"s": "{} \u6f22 </function>", "a": [1]}')]),
+    # What is no JSON, or cannot be sent on, is text.
+    *((QWEN_XML, X1.replace("1", value), "", [("f", json.dumps({"a": value}))])
+      for value in ("NaN", "-Infinity", "1e999", '"\\ud800"', "[1, NaN]", "01")),
     # Arguments left out, null, or as the text of an object.
     (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
     (HERMES, '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
