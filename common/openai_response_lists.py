@@ -9,14 +9,15 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from common.openai_fields import StrictModel, parse
-from common.openai_response_objects import Asked, OutputItem
-from common.openai_response_output import OutputItems
+from common.openai_response_objects import OutputItem
+from common.openai_response_output import OutputItems, asked_in
 from common.openai_response_requests import Includable
 from common.openai_values import Label
 from common.protocol import PipelineError
 from common.protocol_agent import FunctionOutputItem, MessageItem, StoredResponse
 
 import msgspec
+from msgspec.structs import replace
 from pydantic import Field
 
 MAX_LIMIT = 100
@@ -143,6 +144,5 @@ def page_of(items: Sequence[ListedItem], query: ListQuery) -> ItemList:
 
 
 def _output_items(stored: StoredResponse, include: Sequence[str]) -> OutputItems:
-    asked = msgspec.convert(stored.document, Asked)
-    asked.include = list(include)
+    asked = replace(asked_in(stored), include=list(include))
     return OutputItems(stored.id, asked)

@@ -122,9 +122,29 @@ def argument(arguments: str, name: str) -> str | None:
     return None if found is None else str(found)
 
 
+def asked_in(stored: StoredResponse) -> Asked:
+    """What was asked over HTTP; OpenAI's defaults, if another component asked the agent."""
+    defaults = Asked(
+        created_at=stored.created,
+        metadata={},
+        parallel_tool_calls=True,
+        temperature=1.0,
+        text={"format": {"type": "text"}},
+        tool_choice="auto",
+        tools=[],
+        top_p=1.0,
+        max_output_tokens=None,
+        max_tool_calls=None,
+        safety_identifier=None,
+        user=stored.user or None,
+        store=True,
+    )
+    return msgspec.convert(stored.document, Asked) if stored.document else defaults
+
+
 def stored_document(stored: StoredResponse) -> dict[str, Any]:
     """The body of GET /v1/responses/{id}."""
-    asked = msgspec.convert(stored.document, Asked)
+    asked = asked_in(stored)
     items = OutputItems(stored.id, asked)
     response = begun(stored.id, stored.model, asked, stored.instructions)
     response.previous_response_id = stored.previous_response_id
