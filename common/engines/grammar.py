@@ -4,23 +4,13 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
-from common.engines.json_schema import check_schema_numbers, schema_error
+from common.engines.json_schema import JSON_STYLE, check_schema_numbers, schema_error
 from common.engines.llama_capi import Vocab
 from common.model_files import find_model
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-# Without free white space a weak model cannot fill its answer with it.
-_JSON_STYLE: "JsonCompileOptions" = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
 # Errors are shown to clients: they must not carry the state of the parser.
 _LIMITS = LLParserLimits(verbose_errors=False)
 _THREADS = 2
@@ -88,7 +78,7 @@ class GrammarCompiler:
         """
         check_schema_numbers(json_schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json_schema, overrides=_JSON_STYLE)
+            grammar = LLMatcher.grammar_from_json_schema(json_schema, overrides=JSON_STYLE)
         except ValueError as error:
             raise schema_error(str(error)) from error
         matcher = LLMatcher(self._load_tokenizer(), grammar, log_level=0, limits=_LIMITS)

@@ -3,12 +3,22 @@
 import json
 import math
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.protocol import PipelineError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MAX_SCHEMA_BYTES = 64 * 1024
 _MAX_MESSAGE = 200
+
+# Without free white space a weak model cannot fill its answer with it.
+JSON_STYLE: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 # llguidance computes with 64-bit floats; beyond these integers (RFC 7493, section 2.2) it would
 # move a bound, and at -2**63 it crashes.

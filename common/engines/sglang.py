@@ -2,7 +2,8 @@
 
 Its flags are SGLang's own. What it cannot do is refused by the field's name: `seed` unless it was
 started with `--enable-deterministic-inference`, a JSON schema together with `min_tokens`,
-`ignore_eos` or `generated`; `sglang_sampling` tells how an output is continued.
+`ignore_eos` or `generated`; `sglang_sampling` tells how an output is continued, and
+`llguidance_schema` whose grammars it has.
 """
 
 import asyncio

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from common.engines.json_schema import schema_error
 from common.engines.scheduled_request import ScheduledRequest
 from common.protocol import FinishReason, PipelineError, TokenLogprobs
 from common.protocol_errors import ErrorKind
@@ -46,6 +47,8 @@ def read_output(request: ScheduledRequest, output: dict[str, Any]) -> Generated:
     if finish.get("type") == "abort":
         if finish.get("status_code") is not None:
             raise refusal(finish.get("message", "it gave up"), finish["status_code"])
+        if request.sampling.json_schema is not None and not request.context.is_stopped():
+            raise schema_error("SGLang could not keep to it and gave the request up")
         tokens, reason = [], "cancelled"
     elif reason == "stop" and tokens and tokens[-1] == finish.get("matched"):
         tokens = tokens[:-1]

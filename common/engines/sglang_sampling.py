@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from typing import Any
 
-from common.engines.json_schema import check_schema_size
+from common.engines.llguidance_schema import engine_schema
 from common.engines.scheduled_request import ScheduledRequest
 from common.engines.sglang_settings import SGLangSettings
 from common.protocol import PipelineError, SamplingParams
@@ -26,6 +26,9 @@ def generate_arguments(request: ScheduledRequest, settings: SGLangSettings) -> d
     """
     sampling = request.sampling
     _check(request, settings)
+    json_schema = sampling.json_schema
+    if json_schema is not None:
+        json_schema = engine_schema(json_schema)
     seed = sampling.seed
     if settings.has_seeds and seed is None:
         seed = random.getrandbits(63)  # SGLang would give every request the same
@@ -48,7 +51,7 @@ def generate_arguments(request: ScheduledRequest, settings: SGLangSettings) -> d
             "logit_bias": _logit_bias(sampling, request.output) or None,
             "stop_token_ids": sampling.stop_token_ids or None,
             "ignore_eos": sampling.ignore_eos,
-            "json_schema": sampling.json_schema,
+            "json_schema": json_schema,
         },
     }
     if sampling.logprobs is not None:
@@ -59,7 +62,6 @@ def generate_arguments(request: ScheduledRequest, settings: SGLangSettings) -> d
 def _check(request: ScheduledRequest, settings: SGLangSettings) -> None:
     sampling = request.sampling
     if sampling.json_schema is not None:
-        check_schema_size(sampling.json_schema)
         for name in ("min_tokens", "ignore_eos"):
             if getattr(sampling, name):
                 raise _refused(name, f"{name} cannot be combined with a JSON schema")

@@ -15,6 +15,7 @@ _DEFAULTS = (
     *("--page-size", "16"),  # a page is a block
     *("--log-level", "warning"),
     *("--decode-log-interval", "8"),  # decode steps between two reports of KV events and load
+    *("--grammar-backend", "llguidance"),  # SGLang's own, xgrammar, refuses most schemas of tools
 )
 _NEEDED = ("--skip-tokenizer-init", "--incremental-streaming-output", "--enable-metrics")
 

@@ -1,7 +1,8 @@
 """vLLM as an engine: its `AsyncLLM`, token ids in and out.
 
 vLLM computes in processes of its own. It has a tokenizer there for one thing: what a JSON schema
-allows; with its flag `--skip-tokenizer-init`, requests that have one are refused.
+allows, by llguidance unless its flags name another backend; with its flag `--skip-tokenizer-init`,
+requests that have one are refused.
 """
 
 import asyncio

@@ -41,6 +41,8 @@ def engine_args(model: str, flags: list[str], events: dict[str, Any]) -> Any:
     args = AsyncEngineArgs.from_cli_args(parsed)
     args.disable_log_stats = True  # of vLLM's own loggers; ours keeps the figures coming
     args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", **events)
+    if args.structured_outputs_config.backend == "auto":
+        args.structured_outputs_config.backend = "guidance"  # which is llguidance
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = CPU_BLOCK_SIZE
     return args

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from common.engines.json_schema import schema_error
 from common.engines.scheduled_request import ScheduledRequest
 from common.engines.vllm_sampling import decode_params, prefill_params, refusal, token_logprobs
 from common.engines.vllm_stats import VllmStats
@@ -93,6 +94,8 @@ class VllmRequest:
                 async for output in outputs:
                     if output.outputs[0].finish_reason in ("error", "repetition"):
                         reason = output.outputs[0].finish_reason
+                        if self._scheduled.sampling.json_schema is not None:
+                            raise schema_error(f"vLLM could not keep to it ({reason})")
                         raise PipelineError("internal", f"vLLM ended the request: {reason}")
                     self._put(output)
         except asyncio.CancelledError:

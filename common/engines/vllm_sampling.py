@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from common.engines.json_schema import check_schema_size, schema_error
+from common.engines.json_schema import schema_error
+from common.engines.llguidance_schema import engine_schema
 from common.engines.scheduled_request import ScheduledRequest
 from common.protocol import PipelineError, SamplingParams, TokenLogprobs
 
@@ -52,12 +53,11 @@ def decode_params(request: ScheduledRequest, kv_transfer: dict[str, Any] | None)
         _check_can_go_on(sampling)
     structured = None
     if sampling.json_schema is not None:
-        check_schema_size(sampling.json_schema)
         for name in ("min_tokens", "ignore_eos"):
             if getattr(sampling, name):
                 message = f"{name} cannot be combined with a JSON schema"
                 raise PipelineError("invalid_request", message, name)
-        structured = StructuredOutputsParams(json=sampling.json_schema)
+        structured = StructuredOutputsParams(json=engine_schema(sampling.json_schema))
     try:
         return vllm.SamplingParams(
             max_tokens=request.max_tokens - generated,

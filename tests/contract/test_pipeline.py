@@ -1,10 +1,11 @@
-"""Chapter 2 on two engines of a backend that is installed separately, from HTTP to the model."""
+"""Chapters 2 and 4 on engines of a backend that is installed separately, from HTTP to the model."""
 
+import json
 import os
 import signal
 from typing import Any
 
-from tests.chapter1.helpers import CHAT, chat, eventually, http_client, stream
+from tests.chapter1.helpers import CHAT, MODEL, chat, eventually, http_client, stream
 from tests.chapter2.helpers import Router, RuntimeCaller, ask, prompt, start_caller
 from tests.conftest import StartPipeline
 from tests.contract.backends import Backend
@@ -16,6 +17,7 @@ import pytest
 pytestmark = pytest.mark.timeout(1200)
 
 READY_TIMEOUT_S = 540
+BUILTIN = {"type": "mcp", "server_label": "builtin", "require_approval": "never"}
 
 
 async def test_two_engines_behind_the_router(
@@ -52,6 +54,68 @@ async def test_two_engines_behind_the_router(
             os.kill(dying.pid, signal.SIGKILL)
             await eventually(lambda: not any(map(psutil.pid_exists, pids_of(its_own))), 60)
             await it_goes_on(client, prompts[0])
+
+
+async def test_an_agent_with_tools(
+    external: Backend,
+    servers: dict[str, str],
+    start_pipeline: StartPipeline,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Chapter 4: a call that the client runs, and one that the agent does; its router's hints."""
+    model, flags = (request.config.getoption(name) for name in ("--engine-model", "--engine-flags"))
+    start = start_pipeline(
+        chapter="chapter4",
+        backend=external.name,
+        engines=1,
+        model=model,
+        wait=False,
+        environment={**servers, "ENGINE_FLAGS": flags},
+    )
+    async with start as running, http_client(running.url, timeout=120) as client:
+        await running.wait_ready(READY_TIMEOUT_S)
+        await it_calls(client)
+        await it_refuses_a_schema(client)
+        await its_agent_calculates(client)
+
+
+async def it_calls(client: httpx.AsyncClient) -> None:
+    """A schema of a number that is hard to keep to."""
+    answer = await client.post(CHAT, json=forced({"type": "integer", "multipleOf": 7}))
+    assert answer.status_code == 200, answer.text
+    [choice] = answer.json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] == "f"
+    assert json.loads(call["function"]["arguments"])["x"] % 7 == 0
+
+
+async def it_refuses_a_schema(client: httpx.AsyncClient) -> None:
+    answer = await client.post(CHAT, json=forced({"type": "string", "pattern": "^(?=a)"}))
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "tools"
+
+
+def forced(schema: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    return chat("Which number?", tools=[tool], tool_choice="required", max_tokens=60)
+
+
+async def its_agent_calculates(client: httpx.AsyncClient) -> None:
+    """Two steps: the calculator is called, for it must be, and its output answered."""
+    body = {
+        "model": MODEL,
+        "input": "What is 17 * 23?",
+        "tools": [{**BUILTIN, "allowed_tools": ["calculator"]}],
+        "tool_choice": "required",
+        "max_output_tokens": 120,
+        "nvext": {"max_steps": 2},
+    }
+    answer = await client.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+    kinds = [item["type"] for item in answer.json()["output"]]
+    assert kinds[0] == "mcp_call"
 
 
 async def it_answers(client: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -24,7 +25,12 @@ def main() -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # As the model's own files have it; engines make grammars for the bytes that this says.
+    tokenizer.backend_tokenizer.decoder = ByteLevel()
+    tokenizer.backend_tokenizer.model.byte_fallback = False
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from common.engines.llguidance_schema import engine_schema
 from common.engines.scheduled_request import ScheduledRequest, schedule
 from common.engines.sglang_output import Generated, read_output, refusal
 from common.engines.sglang_sampling import generate_arguments
@@ -68,8 +69,9 @@ def test_every_parameter_is_passed_on() -> None:
             "json_schema": None,
         },
     }
-    schema = arguments([1], json_schema='{"type": "null"}')["sampling_params"]
-    assert schema["json_schema"] == '{"type": "null"}'
+    null = '{"type": "null"}'
+    schema = arguments([1], json_schema=null)["sampling_params"]
+    assert schema["json_schema"] == engine_schema(null)
     assert (schema["top_k"], schema["max_new_tokens"]) == (-1, 99)
 
 
@@ -137,6 +139,18 @@ def output(tokens: list[int], finish: dict[str, Any] | None = None, **meta: Any)
 )
 def test_outputs(tokens: list[int], finish: dict[str, Any] | None, generated: Generated) -> None:
     assert read_output(scheduled([1]), output(tokens, finish)) == generated
+
+
+def test_a_schema_that_sglang_could_not_keep_to() -> None:
+    """It gives such a request up in the midst, and does not say why."""
+    request = scheduled([1], json_schema="{}")
+    given_up = output([5], {"type": "abort", "status_code": None})
+    with pytest.raises(PipelineError) as error:
+        read_output(request, given_up)
+    assert (error.value.info.kind, error.value.info.param) == ("invalid_request", "json_schema")
+    assert isinstance(request.context, FakeContext)
+    request.context.stop()
+    assert read_output(request, given_up) == Generated([], None, "cancelled")
 
 
 def test_stop_ids_that_sglang_ignores() -> None:

@@ -98,6 +98,15 @@ async def test_a_failure_after_the_first_token_is_the_requests_own(tmp_path: Pat
     assert len(llm.requests) == 1
 
 
+async def test_a_schema_that_vllm_could_not_keep_to(tmp_path: Path) -> None:
+    llm = FakeLLM(lambda params: [output([8]), output([], "error")])
+    async with engine_of(llm, tmp_path) as engine:
+        with pytest.raises(PipelineError, match="vLLM could not keep to it") as error:
+            await ask(engine, sampling={"json_schema": "{}"})
+    assert (error.value.info.kind, error.value.info.param) == ("invalid_request", "json_schema")
+    assert "x-guidance" in llm.requests[0][1].structured_outputs.json
+
+
 @pytest.mark.parametrize(("kind", "has_transfer"), [("sglang", True), ("vllm", False)])
 async def test_kv_of_another_kind_is_not_fetched(
     tmp_path: Path, kind: str, has_transfer: bool
