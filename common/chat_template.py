@@ -117,7 +117,9 @@ def call_arguments(call: ToolCall) -> dict[str, Any]:
         PipelineError: kind `invalid_request`; they are not a JSON object.
     """
     try:
-        arguments = json.loads(call.arguments)
+        text = json.dumps(json.loads(call.arguments), ensure_ascii=False)
+        # Half of a surrogate pair can be written as JSON, but is no text that has tokens.
+        arguments = json.loads(text.encode(errors="replace"))
     except (ValueError, RecursionError) as error:
         arguments = error
     if not isinstance(arguments, dict):

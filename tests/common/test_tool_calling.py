@@ -370,6 +370,19 @@ def test_a_forced_call_that_is_cut_off_says_so() -> None:
     assert outputs_of(calling, '{"city": "Ro', finish="length")[-1].finish_reason == "length"
 
 
+def test_half_a_character_in_a_call_becomes_a_question_mark() -> None:
+    """JSON can say it, so a model can, and its call is in the next prompt."""
+    called = ToolCall("1", "clock", '{"a": "\\ud800x"}')
+    messages = [
+        ChatMessage("user", "When?"),
+        ChatMessage("assistant", "", tool_calls=[called]),
+        ChatMessage("tool", "no", tool_call_id="1"),
+    ]
+    calling = ToolCalling(SMOLLM2, request(*messages))
+    assert '{"a": "?x"}' in calling.render()
+    assert calling.token_ids()
+
+
 @pytest.mark.parametrize("name", ["rm", "\\x", "\\ud800", "\n"])
 def test_an_engine_that_calls_what_there_is_not_is_an_error(name: str) -> None:
     calling = ToolCalling(SMOLLM2, request(tool_choice=REQUIRED))
