@@ -2,21 +2,28 @@
 
 import json
 from collections import deque
+from contextlib import suppress
 
-from common.protocol import PipelineError, PositionLogprobs, SamplingParams, TextOutput
+from common.chat_template import call_arguments
+from common.protocol import (
+    ChatMessage,
+    PipelineError,
+    PositionLogprobs,
+    SamplingParams,
+    TextOutput,
+)
 from common.protocol_agent import ToolProcessRequest
 from common.text import TextModel
 from common.tool_formats import HERMES, format_of
 from common.tool_grammar import MAX_FORCED_CALLS, arguments_schema, calls_schema
 from common.tool_prompt import (
     in_first_user_message,
-    in_parts,
     one_call_each,
     with_harmless_results,
     with_ids_of_nine,
     written_out,
 )
-from common.tool_stream import CallReader, ForcedCalls, FreeCalls, NamedCall
+from common.tool_stream import CallReader, ForcedCalls, FreeCalls, NamedCall, is_named
 
 from msgspec.structs import replace
 
@@ -129,11 +136,26 @@ class ToolCalling:
     def token_ids(self) -> list[int]:
         """The prompt, with the tokens that the conversation had while it was made.
 
+        A call that `is_named` was made after a prompt that ended right before its arguments, and so
+        did a token. In the whole text it would not: the blank of `": {"` is of one token with `{`.
+
         Raises:
             PipelineError: see `TextModel.render_chat`.
         """
-        parts = in_parts(self.render(), self._messages, self._named_prefill)
-        return self._model.encode_parts(parts)
+        prompt = self.render()
+        parts: list[str] = []
+        done = 0
+        for number, message in enumerate(self._messages):
+            if not number or [is_named(call.id) for call in message.tool_calls] != [True]:
+                continue
+            [call] = message.tool_calls
+            arguments = json.dumps(call_arguments(call), ensure_ascii=False)
+            with suppress(PipelineError):  # then it was not made after this
+                before = self._rendered(self._messages[:number]) + self._named_prefill(call.name)
+                if len(before) >= done and prompt.startswith(before + arguments):
+                    parts += [prompt[done : len(before)], arguments]
+                    done = len(before) + len(arguments)
+        return self._model.encode_parts([*parts, prompt[done:]])
 
     def render(self) -> str:
         """The prompt's text, with the beginning of the call that is forced.
@@ -141,7 +163,10 @@ class ToolCalling:
         Raises:
             PipelineError: see `TextModel.render_chat`.
         """
-        messages = with_harmless_results(self._messages, self._model.tokenizer.control_ids)
+        return self._rendered(self._messages) + self._prefill
+
+    def _rendered(self, conversation: list[ChatMessage]) -> str:
+        messages = with_harmless_results(conversation, self._model.tokenizer.control_ids)
         tools = None if self._written_out else self._tools
         if self._written_out:
             messages = written_out(messages, self._tools)
@@ -150,11 +175,11 @@ class ToolCalling:
             messages = with_ids_of_nine(messages) if self._format.ids_of_nine else messages
             other = one_call_each(messages)
         try:
-            return self._model.render_chat(messages, tools) + self._prefill
+            return self._model.render_chat(messages, tools)
         except PipelineError:
             if other == messages:
                 raise
-            return self._model.render_chat(other, tools) + self._prefill
+            return self._model.render_chat(other, tools)
 
     @property
     def done(self) -> bool:

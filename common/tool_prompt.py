@@ -13,12 +13,11 @@ module writes them out:
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from common.chat_template import call_arguments, shaped_tool
 from common.protocol import ChatMessage
 from common.protocol_tools import FunctionTool, ToolCall
-from common.tool_stream import is_named
 
 from msgspec.structs import replace
 
@@ -102,27 +101,6 @@ def _harmless(content: str, marks: list[str]) -> str:
     for mark in marks:
         content = content.replace(mark, f"{mark[0]} {mark[1:]}")
     return content
-
-
-def in_parts(
-    prompt: str, messages: list[ChatMessage], call_head: Callable[[str], str]
-) -> list[str]:
-    """The prompt cut before and after the arguments of each call that `is_named`.
-
-    The model was given what `call_head` says and wrote the arguments, so that tokens ended there.
-    Those of the whole text would be others: in `": {"` the blank is of one token with the brace.
-    """
-    parts: list[str] = []
-    done = 0
-    for call in (call for message in messages for call in message.tool_calls if is_named(call.id)):
-        arguments = json.dumps(call_arguments(call), ensure_ascii=False)
-        head = call_head(call.name)
-        found = prompt.find(head + arguments, done)
-        if found >= 0:
-            start = found + len(head)
-            parts += [prompt[done:start], arguments]
-            done = start + len(arguments)
-    return [*parts, prompt[done:]]
 
 
 def one_call_each(messages: list[ChatMessage]) -> list[ChatMessage]:

@@ -223,6 +223,32 @@ def test_the_next_prompt_begins_with_the_tokens_of_the_last_and_its_named_call(
     assert model.detokenizer(model.tokenizer.control_ids).push(free.token_ids()) == free.render()
 
 
+@pytest.mark.parametrize("template", ["written out", HERMES])
+def test_a_named_call_is_not_taken_for_one_that_reads_the_same(template: str) -> None:
+    """Free ones before and after it, and the user's own words, keep the tokens that they had."""
+    model = SMOLLM2 if template == "written out" else model_with(template)
+    text = '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+    free = ChatMessage("assistant", "", [ToolCall("call_1", "get_weather", "{}")])
+    messages = [ChatMessage("user", text), free, ChatMessage("tool", text, tool_call_id="call_1")]
+    calling = ToolCalling(model, request(*messages, tool_choice=NAMED))
+    known = [*calling.token_ids(), *model.encode("{}")]
+    [delta, *_] = outputs_of(calling, "{}")[0].tool_calls
+    named = ChatMessage("assistant", "", [ToolCall(delta.id or "", "get_weather", "{}")])
+    messages += [named, ChatMessage("tool", text, tool_call_id=delta.id), USER, free]
+    assert ToolCalling(model, request(*messages)).token_ids()[: len(known)] == known
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_call_that_the_template_could_not_come_to_is_a_call_all_the_same(place: int) -> None:
+    """Its id is the client's invention, or the template refuses what is before it."""
+    model = model_with("{% if not messages[2:] %}{{ raise_exception('no') }}{% endif %}" + HERMES)
+    named = ChatMessage("assistant", "", [ToolCall("call_n" + "0" * 24, "get_weather", "{}")])
+    messages = [USER, USER]
+    messages.insert(place, named)
+    calling = ToolCalling(model, request(*messages))
+    assert calling.token_ids() == model.encode(calling.render())
+
+
 def test_calls_that_the_model_made_freely_are_tokenised_as_it_wrote_them() -> None:
     calling = ToolCalling(SMOLLM2, request(USER, CALLED, *RESULTS))
     assert calling.token_ids() == SMOLLM2.encode(calling.render())
