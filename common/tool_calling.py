@@ -142,16 +142,17 @@ class ToolCalling:
         Raises:
             PipelineError: see `TextModel.render_chat`.
         """
-        prompt = self.render()
+        messages = self._harmless()
+        prompt = self._rendered(messages) + self._prefill
         parts: list[str] = []
         done = 0
-        for number, message in enumerate(self._messages):
+        for number, message in enumerate(messages):
             if not number or [is_named(call.id) for call in message.tool_calls] != [True]:
                 continue
             [call] = message.tool_calls
             arguments = json.dumps(call_arguments(call), ensure_ascii=False)
             with suppress(PipelineError):  # then it was not made after this
-                before = self._rendered(self._messages[:number]) + self._named_prefill(call.name)
+                before = self._rendered(messages[:number]) + self._named_prefill(call.name)
                 if len(before) >= done and prompt.startswith(before + arguments):
                     parts += [prompt[done : len(before)], arguments]
                     done = len(before) + len(arguments)
@@ -163,10 +164,12 @@ class ToolCalling:
         Raises:
             PipelineError: see `TextModel.render_chat`.
         """
-        return self._rendered(self._messages) + self._prefill
+        return self._rendered(self._harmless()) + self._prefill
 
-    def _rendered(self, conversation: list[ChatMessage]) -> str:
-        messages = with_harmless_results(conversation, self._model.tokenizer.control_ids)
+    def _harmless(self) -> list[ChatMessage]:
+        return with_harmless_results(self._messages, self._model.tokenizer.control_ids)
+
+    def _rendered(self, messages: list[ChatMessage]) -> str:
         tools = None if self._written_out else self._tools
         if self._written_out:
             messages = written_out(messages, self._tools)
