@@ -1,13 +1,14 @@
 """What it is worth that the router knows what agents do: the time of their tasks, with and without.
 
-    python -m benchmarks.agent --json FILE [--quick] [--simulated]
+    python -m benchmarks.agent --json FILE [--quick] [--simulated] [--crowd SHARE]
 
 Agents with scripts, not models, do tasks of some steps; while a tool runs, a crowd of single
 questions takes their place in the caches and in the queue. That is the load at which it matters:
 half of what an engine has cached would do for its agents, the crowd fills the other half in about
-the time that a tool takes, and its prompts alone keep the engines busy for more than half of the
-time. (How fast they are is measured at the beginning.) With less of a crowd nothing is evicted,
-nobody waits, and all policies are alike; with more of it all queues grow for ever.
+the time that a tool takes, and its prompts alone keep the engines busy for half of the time, or
+`--crowd` of it. (How fast they are when all are at work is measured at the beginning.) With less
+of a crowd little is evicted, nobody waits, and all policies are alike; with much more of it all
+queues grow for ever, those of the policy that computes more than once first.
 
 Chapter 4's pipeline routes all of it, once with the policy of chapter 3 and no hints, once with
 the policy `agent` and the agents' hints. Every run begins with empty caches. The cached share is
@@ -41,7 +42,6 @@ from launch.child import ChildFailedError
 CONTENDERS = "earliest_start,agent"
 BAR_TIME, BAR_SHARE = 0.85, 0.95
 
-# An engine of one thread computes about 150 prompt tokens a second, and fewer beside another one.
 REAL = Engines("llamacpp", 2, 1408, ("threads=1", "batch_threads=1", "max_running=2"))
 FULL = Size(
     agents=4,
@@ -53,7 +53,7 @@ FULL = Size(
     said=12,
     returned=(12, 20),
     answer=24,
-    crowd_share=0.65,
+    crowd_share=0.5,
     crowd_prompt=(192, 320),
     crowd_answer=16,
     alone_s=12.0,
@@ -177,6 +177,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--simulated", action="store_true", help="more agents and engines, no model"
     )
+    parser.add_argument(
+        "--crowd",
+        type=float,
+        metavar="SHARE",
+        help=f"how busy the crowd's prompts keep the engines ({FULL.crowd_share} of the time, "
+        f"simulated {SIMULATED_FULL.crowd_share})",
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="(%(default)s)")
     parser.add_argument(
         "--contenders",
@@ -185,7 +192,10 @@ def parse_args() -> argparse.Namespace:
         help="policies of chapter 4's router; agents give hints with `agent` and with NAME+hints; "
         "the last is compared with the first (%(default)s)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.crowd is not None and not 0 < args.crowd < 2:
+        parser.error(f"--crowd: {args.crowd} is no share above 0 and below 2")
+    return args
 
 
 def silence_runtime() -> None:
@@ -204,6 +214,8 @@ def main() -> None:
         engines = replace(engines, cache_tokens=engines.cache_tokens * 2 // 3)
     full, quick = (SIMULATED_FULL, SIMULATED_QUICK) if args.simulated else (FULL, QUICK)
     size = quick if args.quick else full
+    if args.crowd is not None:
+        size = replace(size, crowd_share=args.crowd)
     seeds = list(range(1, (1 if args.quick else args.seeds) + 1))
     contenders = [contender(name) for name in args.contenders.split(",")]
     try:

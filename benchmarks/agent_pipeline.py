@@ -112,16 +112,18 @@ class Bench:
         )
 
     async def prefill_s(self, tokens: list[int]) -> list[float]:
-        """How long each engine takes for this prompt, one after the other."""
+        """How long each engine takes for this prompt while the others compute it, too."""
         request = to_wire(GenerateRequest(tokens, SamplingParams(max_tokens=1, ignore_eos=True)))
-        client, seconds = self._clients["generate"], []
-        for instance in sorted(client.instance_ids()):
+        client = self._clients["generate"]
+
+        async def one(instance: int) -> float:
             began = time.perf_counter()
             async for item in await client.direct(request, instance, annotated=False):
                 if (error := from_wire(item, EngineOutput).error) is not None:
                     raise PipelineError.of(error)
-            seconds.append(time.perf_counter() - began)
-        return seconds
+            return time.perf_counter() - began
+
+        return list(await asyncio.gather(*map(one, sorted(client.instance_ids()))))
 
     async def policy(self) -> PolicyState:
         (item,) = [i async for i in await self._clients["policy"].round_robin({}, annotated=False)]

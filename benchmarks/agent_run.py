@@ -54,7 +54,7 @@ class _Seen:
 
 
 async def probe(bench: Bench, text: TextModel, rng: random.Random) -> list[float]:
-    """How long each engine takes for a prompt of `PROBE_TOKENS` when it has nothing else to do."""
+    """How long each engine takes for `PROBE_TOKENS` of prompt, all at once, without other work."""
     probes = [await bench.prefill_s(prompt_of(text, rng, PROBE_TOKENS)) for _ in range(PROBES)]
     return [min(times) for times in zip(*probes, strict=True)]
 
