@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ import uvloop
 from dynamo.runtime import Client, DistributedRuntime
 
 NAMESPACE = "tool-calls"
-SEED = 1
+SEEDS = (1, 2, 3)
 STREAMS = 2
 MAX_TOKENS = 400
 READY_S = 120.0
@@ -51,7 +51,7 @@ class Answer:
     tokens: int
 
 
-def requests_of(tools: list[FunctionTool]) -> dict[str, list[ToolProcessRequest]]:
+def requests_of(tools: list[FunctionTool], seed: int) -> dict[str, list[ToolProcessRequest]]:
     """By choice: each tool by its name, and three at a time."""
     threes = [tools[start : start + 3] for start in range(0, len(tools), 3)]
 
@@ -61,7 +61,7 @@ def requests_of(tools: list[FunctionTool]) -> dict[str, list[ToolProcessRequest]
         return ToolProcessRequest(
             DEFAULT_MODEL,
             [ChatMessage("user", QUESTION)],
-            sampling=SamplingParams(max_tokens=tokens or MAX_TOKENS, seed=SEED),
+            sampling=SamplingParams(max_tokens=tokens or MAX_TOKENS, seed=seed),
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=parallel,
@@ -178,10 +178,16 @@ async def processor_client() -> AsyncIterator[Client]:
         yield client
 
 
-async def run(count: int) -> dict[str, list[Answer]]:
+async def run(seeds: Sequence[int], count: int) -> list[dict[str, list[Answer]]]:
+    """The answers by choice, for `count` tools of each seed."""
+    found = []
     async with processor_client() as processor:
-        requests = requests_of(tools_of(SEED, count))
-        return {choice: await ask_all(processor, asked) for choice, asked in requests.items()}
+        for seed in seeds:
+            requests = requests_of(tools_of(seed, count), seed)
+            found.append(
+                {choice: await ask_all(processor, asked) for choice, asked in requests.items()}
+            )
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -192,13 +198,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     args = argument_parser(__doc__).parse_args()
-    count = 12 if args.quick else 240
+    seeds, count = (SEEDS[:1], 12) if args.quick else (SEEDS, 81)
     began = time.perf_counter()
     try:
-        by_choice = uvloop.run(run(count))
-        share = forced_valid_share(by_choice)
+        rounds = uvloop.run(run(seeds, count))
+        shares = [forced_valid_share(by_choice) for by_choice in rounds]
     except GuardError as error:
         raise SystemExit(f"error: {error}") from error
+    by_choice = {
+        choice: [answer for found in rounds for answer in found[choice]] for choice in rounds[0]
+    }
+    share = forced_valid_share(by_choice)
     rows = [row(choice, answers) for choice, answers in by_choice.items()]
     problems = [
         answer.problem
@@ -207,16 +217,18 @@ def main() -> None:
         if answer.problem is not None
     ]
     print(table(rows))
-    print(f"\nforced_valid_share: {share} of {count} schemas", *problems[:5], sep="\n")
+    total = count * len(seeds)
+    print(f"\nforced_valid_share: {share} of {total} schemas", *problems[:5], sep="\n")
     result = {
         "model": DEFAULT_MODEL,
-        "schemas": count,
+        "schemas": total,
         "choices": rows,
         "forced_valid_share": share,
+        "rounds": shares,
         "problems": problems,
         "duration_s": round(time.perf_counter() - began, 1),
     }
-    write_result(args.json, result, "measured", [SEED])
+    write_result(args.json, result, "measured", list(seeds))
 
 
 if __name__ == "__main__":

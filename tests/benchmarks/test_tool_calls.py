@@ -33,7 +33,7 @@ def test_the_schemas_are_valid_different_and_the_same_for_a_seed() -> None:
 
 def test_every_tool_is_asked_for_in_every_way() -> None:
     tools = tools_of(1, 7)
-    for choice, requests in requests_of(tools).items():
+    for choice, requests in requests_of(tools, 1).items():
         assert [tool for request in requests for tool in request.tools] == tools, choice
 
 
